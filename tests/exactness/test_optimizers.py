@@ -287,3 +287,88 @@ def test_two_parallel_models_that_share_a_template_train_it_in_turn(twins: Any) 
         pair[step % 2].train_on_batch(**batch)
     for a, b in zip(one.model.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Lists(optimizers.Optimizer):
+    """Hands the variables out to two optimizers in a list, whose variables are not among its own."""
+
+    def __init__(self) -> None:
+        super().__init__(learning_rate=0.0)
+        self.inside = [optimizers.Adam(RATE), optimizers.SGD(RATE, momentum=0.9)]
+
+    def build(self, variables: Any) -> None:
+        super().build(variables)
+        self.inside[0].build(variables[:2])
+        self.inside[1].build(variables[2:])
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        self.inside[0].apply(grads[:2], trainable_variables[:2])
+        self.inside[1].apply(grads[2:], trainable_variables[2:])
+        self.iterations.assign_add(1)
+
+
+class Noisy(optimizers.SGD):
+    """Adds noise from a generator of its own to the gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(RATE)
+        self.generator = keras.random.SeedGenerator(3)
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        noise = keras.random.normal(gradient.shape, seed=self.generator)
+        super().update_step(gradient + 0.1 * noise, variable, learning_rate)
+
+
+class Falling(optimizers.schedules.LearningRateSchedule):
+    """A rate that falls each time it is asked for."""
+
+    def __init__(self) -> None:
+        self.rate = keras.Variable(0.2, trainable=False)
+
+    def __call__(self, step: Any) -> Any:
+        self.rate.assign(0.9 * self.rate)
+        return 1.0 * self.rate
+
+
+class Shrinking(keras.constraints.Constraint):
+    """Shrinks a weight more from step to step."""
+
+    def __init__(self) -> None:
+        self.factor = keras.Variable(1.0, trainable=False)
+
+    def __call__(self, weight: Any) -> Any:
+        self.factor.assign(0.99 * self.factor)
+        return weight * self.factor
+
+
+def shared_out() -> Any:
+    rest = optimizers.SGD(RATE, momentum=0.9)
+    return optimizers.MultiOptimizer(optimizers.OptimizerMap(rest, {".*hidden.*": optimizers.Adam(RATE)}))
+
+
+@pytest.mark.parametrize("update", ["first", "each"])
+@pytest.mark.parametrize("optimizer", [shared_out, Lists, Noisy, lambda: optimizers.Lamb(Falling()), "constraint"])
+def test_variables_that_an_update_assigns_beside_the_optimizers_own_equal_one_device(
+    optimizer: Any, update: str, twins: Any, same: Any
+) -> None:
+    def made() -> keras.Model:
+        return build(kernel_constraint=Shrinking()) if optimizer == "constraint" else build()
+
+    settings = by(optimizers.SGD if optimizer == "constraint" else optimizer)
+    recipe = twins(made, settings, wrap={"update": update})
+    one, many = recipe.by_batches(None, batches()), recipe.by_batches(3, batches())
+    same(one, many, ADAPTIVE)
+
+
+def test_a_failed_update_leaves_variables_beside_the_optimizers_own_as_they_were() -> None:
+    model = build()
+    parallel = fastdp.wrap(model, gpus=3)
+    optimizer = Lists()
+    parallel.compile(optimizer, "mse")
+    parallel.train_on_batch(**batches()[0])
+    slots = [v for inner in optimizer.inside for v in inner.variables]
+    before = [v.numpy() for v in slots]
+    optimizer.inside[1].apply = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        parallel.train_on_batch(**batches()[2])
+    assert all(np.array_equal(v.numpy(), value) for v, value in zip(slots, before, strict=True))

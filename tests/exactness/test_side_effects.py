@@ -243,3 +243,43 @@ def test_such_a_variable_moves_as_often_as_in_plain_keras_on_one_device(how: str
         fastdp.uninstall()
         runs.append([*np.ravel(logs), float(count), *(w.sum() for w in model.get_weights())])
     np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5, atol=1e-6)
+
+
+class Scaled(layers.Layer):
+    """Keeps the largest input in a variable that is overwritten with its gradient, as float8 layers do."""
+
+    def build(self, shape: Any) -> None:
+        self.largest = self.add_weight(shape=(), initializer="zeros", name="largest")
+        self.largest.overwrite_with_gradient = True
+
+    def call(self, x: Any) -> Any:
+        @ops.custom_gradient
+        def passed_on(x: Any, largest: Any) -> Any:
+            value = ops.max(ops.abs(x))
+            return x * 1.0, lambda *args, upstream=None: (args[0] if upstream is None else upstream, value)
+
+        return passed_on(x, self.largest.value)
+
+
+@pytest.mark.filterwarnings("ignore:fastdp. (train steps of )?the model")
+def test_a_variable_that_is_overwritten_with_its_gradient_is_refused_or_on_one_device() -> None:
+    ways: dict[str, Any] = {"plain": None, "one": {"gpus": 1}, "merge": {"gpus": 3, "rows": "merge"}, "run": None}
+    found = []
+    for way, options in ways.items():
+        keras.utils.set_random_seed(1)
+        model = between(Scaled)()
+        trained = model if options is None else fastdp.wrap(model, **options)
+        if way == "run":
+            fastdp.install(3)
+        trained.compile(**settings())
+        for batch in batches():
+            trained.train_on_batch(**batch)
+        fastdp.uninstall()
+        found.append(model.get_weights())
+    for weights in found[1:]:
+        for one, other in zip(found[0], weights, strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+    parallel = fastdp.wrap(between(Scaled)(), gpus=3)
+    parallel.compile(**settings())
+    with pytest.raises(ValueError, match=r"largest' is overwritten with its gradient"):
+        parallel.train_on_batch(**batches()[0])

@@ -16,7 +16,7 @@ from fastdp.keras.steps.call_bridge import on_devices
 from fastdp.keras.steps.call_checks import is_hooked, why_not_here
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.rows.call_probe import LayerEffects
-from fastdp.program.keras.rows.known_layers import keeps_rows_apart
+from fastdp.program.keras.rows.known_layers import keeps_rows_apart, why_overwritten
 from fastdp.tensors.row_effects import NotByRowsError, refusal
 from fastdp.warn import warn_user
 
@@ -157,6 +157,9 @@ class LayerCalls:
         variables, parts = self._parts[id(layer)]
         if not self.program.knows(variables):
             return "it has weights that the replicas do not have"
+        refused = why_overwritten(variables)
+        if refused is not None:
+            return refused[:-1]
         hooked = next((part for part in parts if is_hooked(part)), None)
         if hooked is not None:
             return f"a torch hook on {hooked.name!r} sees the whole batch only on one device"

@@ -23,6 +23,7 @@ from fastdp.capture.trace import Captured
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Launched, Program, Result, Totals
+from fastdp.program.keras.foreign import ForeignVariables, assign
 from fastdp.program.keras.gradients import LeftGradients
 from fastdp.program.keras.indices import RowsNamed
 from fastdp.program.keras.optimizer.accumulation import Accumulation, Engine
@@ -104,6 +105,7 @@ class KerasProgram(Program):
         self._update = OptimizerUpdate(optimizer, self.trainable, self.draws, in_parts=in_parts)
         self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self._update.slots]
         self._left = LeftGradients(self.trainable)
+        self.foreign = ForeignVariables()
         self._adopted: list[AdoptedVariables] = []
         self._captures: Captures[Captured[StepSums]] | None = None
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
@@ -289,13 +291,15 @@ class KerasProgram(Program):
         with torch.no_grad():
             every = [note.effects for note in totals.every_note]
             if state is self.states.get(0):
-                every[0].assign_foreign()
+                self.foreign.note(every[0].foreign)
             Summed.apply(every, state.variables, totals.sums[1 + totals.notes.terms :], self._index, self.effects)
             if self.trainable and (totals.reduced or state.slots):  # without slots nothing else is to do
                 unused = frozenset.intersection(*[note.unused for note in totals.every_note])
                 if state is self.states.get(0):
                     self._left.note(unused)
-                self._update.apply(state, unused, totals)
+                found = self._update.apply(state, unused, totals)
+                if state is self.states.get(0):
+                    self.foreign.note(found)
 
     def rehearse_update(self, state: ReplicaState) -> bool:
         """Try the optimizer on copies, if it acts on flat buffers."""
@@ -377,5 +381,5 @@ class KerasProgram(Program):
         if any(every):
             values = [v.value for v in self.variables]
             with torch.no_grad():
-                every[0].assign_foreign()
+                assign(every[0].foreign)
                 Summed.apply(every, values, sums[notes.terms :], self._index, effects or self.forward_effects)

@@ -131,11 +131,6 @@ class Summed:
     def __bool__(self) -> bool:
         return bool(self.assigned or self.kept or self.normalized or self.foreign)
 
-    def assign_foreign(self) -> None:
-        """Give the variables that no replica holds their values. Called once in a step."""
-        for variable, value in self.foreign:
-            variable._value.copy_(value)
-
     @staticmethod
     def apply(
         every: Sequence[Summed],

@@ -14,6 +14,8 @@ from typing import Any
 import keras
 import torch
 
+from fastdp.program.keras.foreign import Assigned
+
 optimizers = keras.optimizers
 ELEMENTWISE = (
     optimizers.SGD,
@@ -83,19 +85,51 @@ def apply_by_variable(
     gradients: Sequence[torch.Tensor | None],
     trainable: Sequence[keras.Variable],
     mapping: Sequence[tuple[keras.Variable, torch.Tensor]],
-) -> None:
+) -> Assigned:
     """Run Keras's own `apply` on tensors instead of variables. The tensors are updated in place.
+
+    Returns the values of other variables that it assigns: those of optimizers inside the user's, seeds, counters.
 
     Args:
         gradients: gradients of the trainable variables; None for a variable without one.
         mapping: the trainable variables, then the optimizer's variables, each with its tensor.
     """
-    with keras.StatelessScope(state_mapping=mapping) as scope:
+    with _UpdateScope(mapping) as scope:
         optimizer.apply(list(gradients), trainable)
     for variable, tensor in mapping:
         value = scope.get_current_value(variable)
         if value is not tensor:
             tensor.copy_(value)
+    return scope.assigned()
+
+
+class _UpdateScope(keras.StatelessScope):
+    """A stateless scope that lends copies of all other variables, since Keras's optimizers write to values in place."""
+
+    def __init__(self, mapping: Sequence[tuple[keras.Variable, torch.Tensor]]) -> None:
+        super().__init__(state_mapping=mapping)
+        self._device = next((tensor.device for _, tensor in mapping), None)
+        self._lent: dict[int, tuple[keras.Variable, torch.Tensor]] = {}
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """Called by Keras to read a variable. The first read of one that is not in the mapping copies it."""
+        value = super().get_current_value(variable)
+        if value is not None or variable._value is None:
+            return value
+        before = variable._value.detach()
+        self._lent[id(variable)] = variable, before
+        self.state_mapping[id(variable)] = before.to(self._device, copy=True)
+        return self.state_mapping[id(variable)]
+
+    def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
+        """Called by Keras to assign a variable, which nobody may have read."""
+        self.get_current_value(update[0])
+        super().add_update(update)
+
+    def assigned(self) -> Assigned:
+        """The variables that were not in the mapping and have other values now, with these."""
+        found = [(v, self.state_mapping[number].to(old.device), old) for number, (v, old) in self._lent.items()]
+        return [(variable, value) for variable, value, old in found if not torch.equal(value, old)]
 
 
 def chain(optimizer: Any) -> list[Any]:

@@ -10,6 +10,7 @@ import keras
 
 from fastdp.buffers import Memory
 from fastdp.program.base import Totals
+from fastdp.program.keras.foreign import Assigned
 from fastdp.program.keras.optimizer.flat import FlatUpdate
 from fastdp.program.keras.optimizer.sharded import SlotParts, release
 from fastdp.program.keras.optimizer.slots import (
@@ -121,8 +122,10 @@ class OptimizerUpdate:
         state.flat_update.rehearse()
         return True
 
-    def apply(self, state: ReplicaState, unused: frozenset[int], totals: Totals) -> None:
+    def apply(self, state: ReplicaState, unused: frozenset[int], totals: Totals) -> Assigned:
         """Update a replica's variables and slots from its gradients, in place. Under `torch.no_grad`.
+
+        Returns the values of variables that the optimizer has assigned beside them.
 
         Args:
             unused: numbers of the variables without a gradient.
@@ -130,7 +133,7 @@ class OptimizerUpdate:
         """
         if state.flat_update is not None and self.is_flat:
             state.flat_update.apply(unused, totals.reduced, totals.work_stealing)
-            return
+            return ()
         # Before the last step of a cycle Keras gets zeros, so that gradients accumulated on the replicas do not count
         # twice.
         given = state.gradients if totals.reduced else [g.new_zeros(()).expand_as(g) for g in state.gradients]
@@ -138,4 +141,4 @@ class OptimizerUpdate:
         values = state.variables[: len(self._trainable)]
         mapping = [*zip(self._trainable, values, strict=True), *zip(self.slots, state.slots, strict=True)]
         with nullcontext() if self.is_reliable else self._draws.during_update():
-            apply_by_variable(self._optimizer, gradients, self._trainable, mapping)
+            return apply_by_variable(self._optimizer, gradients, self._trainable, mapping)

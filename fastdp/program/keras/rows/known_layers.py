@@ -65,6 +65,17 @@ def has_known_regularizers(trainable: Sequence[keras.Variable]) -> bool:
     return all(type(one).__module__.startswith("keras.") for one in regularizers)
 
 
+def why_overwritten(variables: Sequence[keras.Variable]) -> str | None:
+    """Why devices cannot train these variables: one is overwritten with its gradient; None where none is."""
+    found = next((v for v in variables if v.trainable and v.overwrite_with_gradient), None)
+    if found is None:
+        return None
+    return (
+        f"The variable {found.path!r} is overwritten with its gradient (as scales of float8 are), which is no sum over "
+        "rows, so that it cannot be combined from the devices' rows. Use another quantization, or gpus=[0]."
+    )
+
+
 def _full_name(thing: Any) -> str:
     return f"{type(thing).__module__}.{type(thing).__name__}"
 

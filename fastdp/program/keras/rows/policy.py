@@ -21,7 +21,7 @@ from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import running
-from fastdp.program.keras.rows.known_layers import keeps_rows_apart
+from fastdp.program.keras.rows.known_layers import keeps_rows_apart, why_overwritten
 from fastdp.program.keras.rows.mixing import Tried, capital, title
 from fastdp.program.keras.rows.probe import Effects, generators_kept, unlike_rows
 from fastdp.program.keras.rows.trials import FAILURES, Verdict
@@ -138,6 +138,10 @@ class ModelEffects(Effects):
 
     def _tried(self, batch: Sequence[np.ndarray], structure: Structure, every_row: bool) -> Tried | None:
         """Run the model on some rows. Returns None if that fails and the failure has been handled."""
+        refused = why_overwritten(self._variables) if self.training else None
+        if refused is not None:
+            self._cannot_try(NotByRowsError(refused), refused)
+            return None
         count = len(batch[0])
         every = list(range(count))
         unlike = unlike_rows(batch, structure, 3)
