@@ -40,6 +40,7 @@ from fastdp.program.keras.random import ops as random_ops
 from fastdp.program.keras.random.host_draws import PYTHON_AND_NUMPY
 from fastdp.program.keras.recurrent import fused
 from fastdp.program.keras.rows import units
+from fastdp.tensors.checkpoint_place import checkpoint_place
 
 
 def _by_replica() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
@@ -78,7 +79,7 @@ def _by_replica() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
     yield keras.Operation, "__call__", units.call_of_unit
     yield keras.Layer, "add_loss", units.loss_of_unit
     yield TorchModuleWrapper, "call", torch_modules.call_of_replica
-    yield checkpoint, "_checkpoint_without_reentrant_generator", recompute.checkpoint_of_replica
+    yield checkpoint_place(recompute.checkpoint_of_replica)
     yield checkpoint, "CheckpointFunction", recompute.CheckpointOfReplica
 
 

@@ -17,6 +17,7 @@ from torch.utils import checkpoint
 
 from fastdp.patching import Patch
 from fastdp.program.torch.replica import ReplicaContext
+from fastdp.tensors.checkpoint_place import checkpoint_place
 from fastdp.tensors.function_mode import ReplicaMode
 
 
@@ -117,9 +118,4 @@ def _not_reentrant(original: Any) -> Any:
 
 
 # Held while replicas that share a step run their passes.
-REPEATED_DRAWS = Patch(
-    [
-        (checkpoint, "CheckpointFunction", _Reentrant),
-        (checkpoint, "_checkpoint_without_reentrant_generator", _not_reentrant),
-    ]
-)
+REPEATED_DRAWS = Patch([(checkpoint, "CheckpointFunction", _Reentrant), checkpoint_place(_not_reentrant)])
