@@ -209,11 +209,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def fastdp_threads() -> list[str]:
-    """The names of fastdp's threads that are alive, but for two that last until the end: NCCL's and the watchdog."""
-    names = [thread.name for thread in threading.enumerate()]
-    return sorted(
-        name for name in names if name.startswith("fastdp") and name not in ("fastdp-exit", "fastdp-watchdog")
-    )
+    """The names of fastdp's threads that are alive, but for those that last until the end of the process.
+
+    NCCL's, the watchdog, and those that compute parts of an operation's rows.
+    """
+    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("fastdp")]
+    return sorted(name for name in names if not name.startswith(("fastdp-exit", "fastdp-watchdog", "fastdp-rows")))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,8 +19,8 @@ from fastdp.data.h5_open import open_dataset, open_file
 from fastdp.data.h5_reader import Meter, Reader
 from fastdp.data.h5_rows import StoredRows
 from fastdp.data.hdf5 import HDF5Matrix
-from fastdp.data.job_threads import JobThreads, thread_count
 from fastdp.data.row_order import chunk_order
+from fastdp.runtime.host.job_threads import JobThreads, thread_count
 
 SAMPLE_NBYTES = 64 << 20  # of rows that are written anew to try other chunks
 CHUNK_NBYTES = 1 << 20  # of the chunks that are tried

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fastdp.data.h5_cache import ChunkCache
 from fastdp.data.h5_codecs import DamagedError, DecodeError
 from fastdp.data.h5_layout import read_layout
-from fastdp.data.job_threads import SHARED, Job, JobThreads
+from fastdp.runtime.host.job_threads import SHARED, Job, JobThreads
 
 Rows = range | NDArray[np.int64]
 Part = slice | NDArray[np.int64]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fastdp.data.file_speed import chunk_rows
 from fastdp.data.image_folder import BrokenImageError, ImageFolder, load_image
-from fastdp.data.job_threads import SHARED
+from fastdp.runtime.host.job_threads import SHARED
 
 CODECS = ("blosc2", "lzf", "gzip", "none")
 CHUNKS_OF_PART = 16

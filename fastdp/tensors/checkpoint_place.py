@@ -1,9 +1,9 @@
-"""Where torch keeps the generator behind `torch.utils.checkpoint` with `use_reentrant=False`: it moved with torch 2.14.
+"""Knows the name of the generator behind non-reentrant checkpoints, which is another since torch 2.14.
 
 The generator runs to its `yield` before a part of a model runs in forward, and to its end afterwards. Until torch 2.13
 `checkpoint` calls it by the name of `_EARLIER`, with `preserve_rng_state` second; since then by that of `_LATER`, with
-`preserve_rng_state` by name, and the earlier name is kept for callers outside of torch. A replacement of the earlier one
-would not be called there, and parts would draw anew in backward.
+`preserve_rng_state` by name, and the earlier name is kept for callers outside of torch. A replacement of the earlier
+one would not be called there, and parts would draw anew in backward.
 """
 
 from __future__ import annotations

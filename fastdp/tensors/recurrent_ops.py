@@ -1,6 +1,6 @@
 """LSTM and GRU over all time steps as single torch operations, forward and backward, in Keras's gate order.
 
-    lstm_onednn   oneDNN's LSTM: float32 on a CPU; gives outputs, the last h and the last c
+    lstm_onednn   oneDNN's LSTM: float32 on a CPU, its rows in parts; gives outputs, the last h and the last c
     lstm_scan     the same by ATen operations on any device; gives all h and all c
     gru_scan      GRU by ATen operations, `reset_after` or not; gives all h
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.library import custom_op
 
+from fastdp.tensors.rnn_layer import rnn_layer, rnn_layer_backward
 from fastdp.tensors.threads import intra_op_threads
 
 _LSTM = 2  # ATen's number for LSTM among its kinds of recurrent networks
@@ -50,50 +51,41 @@ def _onednn_weights(kernel: Tensor, recurrent: Tensor, bias: Tensor) -> tuple[Te
 
 
 def _lstm_onednn(
-    x: Tensor, h: Tensor, c: Tensor, kernel: Tensor, recurrent: Tensor, bias: Tensor, train: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    units = h.shape[1]
-    with torch.set_grad_enabled(train):  # ATen keeps values for backward only if gradients are enabled
-        outputs, last_h, last_c, workspace = torch.ops.aten.mkldnn_rnn_layer(
-            x.transpose(0, 1).contiguous(),
-            *_onednn_weights(kernel, recurrent, bias),
-            *(h.contiguous(), c.contiguous(), False, [], _LSTM, units, 1, True, False, False, train),
-        )
-    if workspace is None:
-        workspace = x.new_empty(0, dtype=torch.uint8)
-    return outputs, last_h.reshape(h.shape), last_c.reshape(c.shape), workspace
+    x: Tensor, h: Tensor, c: Tensor, kernel: Tensor, recurrent: Tensor, bias: Tensor, train: bool, parts: int
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    options: tuple[Any, ...] = (False, [], _LSTM, h.shape[1], 1, True, False, False, train)
+    weights = _onednn_weights(kernel, recurrent, bias)
+    outputs, last_h, last_c, workspaces = rnn_layer(x.transpose(0, 1), weights, h, c, options, parts, train)
+    return outputs, last_h.reshape(h.shape), last_c.reshape(c.shape), workspaces
 
 
 @functools.cache
-def _workspace_bytes(rows: int, steps: int, features: int, units: int, train: bool) -> tuple[int, ...]:
-    """The shape of oneDNN's workspace, which only oneDNN knows."""
+def _workspace_bytes(
+    rows: int, steps: int, features: int, units: int, train: bool, parts: int
+) -> list[tuple[int, ...]]:
+    """The shapes of oneDNN's workspaces, which only oneDNN knows."""
     with unset_fake_temporarily(), torch.no_grad():
         shapes = ((rows, steps, features), (rows, units), (rows, units), (features, 4 * units), (units, 4 * units))
         zeros = [torch.zeros(shape, dtype=torch.float32) for shape in (*shapes, (4 * units,))]
         x, h, c, kernel, recurrent, bias = zeros
-        return tuple(_lstm_onednn(x, h, c, kernel, recurrent, bias, train)[3].shape)
+        return [tuple(one.shape) for one in _lstm_onednn(x, h, c, kernel, recurrent, bias, train, parts)[3]]
 
 
 def _lstm_onednn_fake(
-    x: Tensor, h: Tensor, c: Tensor, kernel: Tensor, recurrent: Tensor, bias: Tensor, train: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, h: Tensor, c: Tensor, kernel: Tensor, recurrent: Tensor, bias: Tensor, train: bool, parts: int
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     sizes = [int(size) for size in (*x.shape, h.shape[1])]  # no symbols: only oneDNN knows its workspace
-    workspace = x.new_empty(_workspace_bytes(*sizes, train), dtype=torch.uint8)
-    return x.new_empty(sizes[1], *h.shape), x.new_empty(h.shape), x.new_empty(c.shape), workspace
+    workspaces = [x.new_empty(shape, dtype=torch.uint8) for shape in _workspace_bytes(*sizes, train, parts)]
+    return x.new_empty(sizes[1], *h.shape), x.new_empty(h.shape), x.new_empty(c.shape), workspaces
 
 
 def _lstm_onednn_backward(
     inputs: list[Tensor], results: list[Tensor], gradients: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, h, c, kernel, recurrent, bias = inputs
-    outputs, last_h, last_c, workspace = results
-    found = torch.ops.aten.mkldnn_rnn_layer_backward(
-        x.transpose(0, 1).contiguous(),
-        *_onednn_weights(kernel, recurrent, bias),
-        *(h.contiguous(), c.contiguous(), outputs, last_h, last_c),
-        *(gradient.contiguous() for gradient in gradients),
-        *(False, _LSTM, h.shape[1], 1, True, True, False, [], False, workspace),
-    )
+    options: tuple[Any, ...] = (False, _LSTM, h.shape[1], 1, True, True, False, [], False)
+    weights = _onednn_weights(kernel, recurrent, bias)
+    found = rnn_layer_backward(x.transpose(0, 1), weights, (h, c), results[:3], gradients, options, results[3:])
     dx, dkernel, drecurrent, dbias, _, dh, dc = found
     dx = dx.transpose(0, 1).contiguous()
     return dx, dh.reshape(h.shape), dc.reshape(c.shape), dkernel.t().contiguous(), drecurrent.t().contiguous(), dbias
@@ -288,7 +280,7 @@ _LISTS = "Tensor[] inputs, Tensor[] results, Tensor[] gradients"
 
 
 # Below this many multiply-adds per time step's recurrent product, one thread is faster than several that synchronize
-# at every step. docs/log.md has the measurements.
+# at every step. docs/log.md has the measurements. Rows of oneDNN's LSTM that are in parts do not synchronize there.
 SMALL = 1 << 22
 
 
@@ -312,7 +304,7 @@ def _registered(name: str, forward: Any, fake: Any, backward: Any, inputs: str, 
         options: the schema's arguments after the six differentiated tensors.
         outputs: how many results are differentiable; the others are kept for backward.
     """
-    results = ", ".join(["Tensor"] * (4 if name == "lstm_onednn" else 3))
+    results = "Tensor, Tensor, Tensor" + (", Tensor[]" if name == "lstm_onednn" else "")
     forward, backward = _with_few_threads(forward), _with_few_threads(backward)
     op: Any = custom_op(f"fastdp::{name}", forward, mutates_args=(), schema=f"({inputs}{options}) -> ({results})")
     op.register_fake(fake)
@@ -322,8 +314,8 @@ def _registered(name: str, forward: Any, fake: Any, backward: Any, inputs: str, 
     )
     backward_op.register_fake(_like)
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:6], *output)
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.save_for_backward(*inputs[:6], *output[:3], *(one for more in output[3:] for one in more))
         ctx.options = inputs[6:] if takes_options else ()
         ctx.ignored = len(inputs) - 6
 
@@ -337,7 +329,7 @@ def _registered(name: str, forward: Any, fake: Any, backward: Any, inputs: str, 
 
 
 lstm_onednn = _registered(
-    "lstm_onednn", _lstm_onednn, _lstm_onednn_fake, _lstm_onednn_backward, _LSTM_INPUTS, ", bool train", 3
+    "lstm_onednn", _lstm_onednn, _lstm_onednn_fake, _lstm_onednn_backward, _LSTM_INPUTS, ", bool train, int parts", 3
 )
 lstm_scan = _registered("lstm_scan", _lstm_scan, _lstm_scan_fake, _lstm_scan_backward, _LSTM_INPUTS, "", 2)
 gru_scan = _registered("gru_scan", _gru_scan, _gru_scan_fake, _gru_scan_backward, _GRU_INPUTS, ", bool reset_after", 1)

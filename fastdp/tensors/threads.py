@@ -29,12 +29,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 _PAUSE_SOFT = 1  # omp_pause_soft, OpenMP 5.0
 
 
-def _pool_ender() -> Callable[[], object]:
-    """OpenMP's call that ends the calling thread's pool, from the OpenMP runtime that torch uses."""
+def openmp(name: str) -> Callable[..., Any] | None:
+    """A function of the OpenMP runtime that torch uses; None if there is none. The call keeps Python's lock."""
     folder = Path(torch.__file__).parent / "lib"
     found = [folder / name for name in ("libtorch_cpu.so", "libtorch_cpu.dylib") if (folder / name).exists()]
     # Looked up through torch's own library and its dependencies, since a process may have loaded several OpenMPs.
-    pause = getattr(ctypes.CDLL(str(found[0])), "omp_pause_resource_all", None) if found else None
+    return getattr(ctypes.PyDLL(str(found[0])), name, None) if found else None
+
+
+def _pool_ender() -> Callable[[], object]:
+    """OpenMP's call that ends the calling thread's pool."""
+    pause = openmp("omp_pause_resource_all")
     return functools.partial(pause, _PAUSE_SOFT) if pause is not None else lambda: None
 
 

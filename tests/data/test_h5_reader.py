@@ -19,7 +19,7 @@ from fastdp.data.h5_blosc2 import block_shape
 from fastdp.data.h5_codecs import NAMES, DecodeError, Pipeline, gzip_library
 from fastdp.data.h5_rows import StoredRows
 from fastdp.data.hdf5 import HDF5Matrix
-from fastdp.data.job_threads import JobThreads
+from fastdp.runtime.host.job_threads import JobThreads
 
 hdf5plugin = pytest.importorskip("hdf5plugin")
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import fastdp
 from fastdp.capture.graph import recurrent  # noqa: F401  registers the operations
+from fastdp.tensors import rnn_layer, row_parts
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 
@@ -64,18 +65,47 @@ def test_captured_steps_of_an_lstm_train_as_plain_torch(options, precision):
     assert found == pytest.approx(expected, rel=2e-3 if mixed else 1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}])
+def test_rows_in_parts_train_as_plain_torch(options, monkeypatch):
+    monkeypatch.setattr(row_parts, "LEAST_ROWS", 1)
+    monkeypatch.setattr(row_parts, "LEAST_WORK", 1)
+    counts, at_once, cores = [], rnn_layer.at_once, torch.get_num_threads()
+    monkeypatch.setattr(rnn_layer, "at_once", lambda function, count: counts.append(count) or at_once(function, count))
+    torch.manual_seed(0)
+    module, x, y = Reader(**options), torch.randn(4, 7, 5, 3), torch.randint(0, 2, (4, 7))
+    plain = copy.deepcopy(module)
+    update = optimizer(plain.parameters())
+    for inputs, labels in zip(x, y, strict=True):
+        update.zero_grad()
+        functional.cross_entropy(plain(inputs), labels).backward()
+        update.step()
+    fastdp.set_virtual_devices(1)
+    torch.set_num_threads(3)
+    try:
+        step = fastdp.wrap(module, gpus=1, compile="trace").train_step(functional.cross_entropy, optimizer)
+        for inputs, labels in zip(x, y, strict=True):
+            step(inputs, labels)
+    finally:
+        torch.set_num_threads(cores)
+    assert set(counts) == {3}
+    for value, expected in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("train", [True, False])
-def test_a_compiler_is_told_what_the_operations_return(train):
+def test_a_compiler_is_told_what_the_operations_return(train, parts):
     steps, rows, features, units = 5, 7, 3, 4
     shapes = ((steps, rows, features), (4 * units, features), (4 * units, units), (4 * units,), (4 * units,))
     operands = [torch.randn(shape) for shape in (*shapes, (rows, units), (rows, units))]
-    options = (False, [], 2, units, 1, True, False, True, train)
+    options = (False, [], 2, units, 1, True, False, True, train, parts)
 
     def run(operands):
         results = torch.ops.fastdp.rnn_layer(*operands, *options)
         given = (torch.ones_like(results[0]), None, None)
         more = (False, 2, units, 1, True, True, False, [], True, results[3])
-        return (*results, *torch.ops.fastdp.rnn_layer_backward(*operands, *results[:3], *given, *more))
+        assert len(results[3]) == parts
+        return (*results[:3], *results[3], *torch.ops.fastdp.rnn_layer_backward(*operands, *results[:3], *given, *more))
 
     def told(tensor):
         return tensor.shape, tensor.stride(), tensor.dtype

@@ -18,6 +18,7 @@ from keras.src.backend.torch.rnn import cudnn_ok
 
 from fastdp.program.keras.replica import running
 from fastdp.tensors.recurrent_ops import gru_scan, has_onednn, lstm_onednn, lstm_scan
+from fastdp.tensors.rnn_layer import layer_parts
 
 _Outputs = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]
 
@@ -98,7 +99,8 @@ def _lstm(
     if bias is None:
         bias = x.new_zeros(kernel.shape[1])
     if has_onednn(x) and not whole:
-        outputs, h, c, _ = lstm_onednn(x, *states, kernel, recurrent, bias, torch.is_grad_enabled())
+        parts = layer_parts(*(int(size) for size in (*x.shape, recurrent.shape[0])))
+        outputs, h, c, _ = lstm_onednn(x, *states, kernel, recurrent, bias, torch.is_grad_enabled(), parts)
         return [outputs.transpose(0, 1)], [h, c]
     every_h, every_c, _ = lstm_scan(x, *states, kernel, recurrent, bias)
     return [every_h.permute(2, 0, 1), every_c.permute(2, 0, 1)], []

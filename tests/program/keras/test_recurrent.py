@@ -12,7 +12,8 @@ import fastdp
 from fastdp.comm.context import Context
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
-from fastdp.tensors import recurrent_ops
+from fastdp.runtime.host.job_threads import JobThreads
+from fastdp.tensors import recurrent_ops, rnn_layer, row_parts
 
 L = keras.layers
 ROWS, STEPS, FEATURES, UNITS = 5, 7, 3, 4
@@ -236,6 +237,34 @@ def test_without_onednn_the_scan_takes_its_place(counted, monkeypatch):
     assert counted == {"lstm_onednn": 0, "lstm_scan": 1, "gru_scan": 0}
 
 
+@pytest.fixture
+def in_three_parts(monkeypatch):
+    """Rows are cut into three parts, however few they are. Gives the number of parts of each computation."""
+    counts, before = [], torch.get_num_threads()
+    monkeypatch.setattr(row_parts, "LEAST_ROWS", 1)
+    monkeypatch.setattr(row_parts, "LEAST_WORK", 1)
+
+    def noting(function, count):
+        counts.append(count)
+        return row_parts.at_once(function, count)
+
+    monkeypatch.setattr(rnn_layer, "at_once", noting)
+    torch.set_num_threads(3)
+    yield counts
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=["-".join(options) or "plain" for options in OPTIONS[:4]])
+@pytest.mark.parametrize("mask", ["none", "left"])
+def test_rows_in_parts_give_what_all_rows_give(mask, options, in_three_parts, monkeypatch):
+    monkeypatch.setattr(row_parts, "_THREADS", JobThreads(2, "fastdp-rows"))  # fewer threads than parts
+    layer = randomized(L.LSTM(UNITS, **options))
+    compare(layer, MASKS[mask], states=2)
+    compare(layer, MASKS[mask], training=False)
+    scanned = mask != "none" and "return_state" in options  # the scan alone gives every c
+    assert in_three_parts == ([] if scanned else [3] * 4)
+
+
 # The operations themselves.
 
 
@@ -257,7 +286,11 @@ def test_gradients_of_the_scans_are_those_of_finite_differences(name, options):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("lstm_onednn", (True,)), ("lstm_scan", ()), ("gru_scan", (True,)), ("gru_scan", (False,))]
+    ("name", "options"),
+    [
+        *(("lstm_onednn", (train, parts)) for train in (True, False) for parts in (1, 2)),
+        *(("lstm_scan", ()), ("gru_scan", (True,)), ("gru_scan", (False,))),
+    ],
 )
 def test_the_operations_keep_torch_s_rules_for_operations(name, options):
     args = (*inputs_of(name, torch.float32), *options)

@@ -26,12 +26,15 @@ class JobThreads:
 
     Args:
         count: how many threads work, with the calling one.
+        name: the beginning of the names of the others.
 
-    Threads begin with the first run, and end when nobody uses them: `use` and `release` count who does.
+    Threads begin with the first run, and end when nobody uses them: `use` and `release` count who does. Where nobody
+    ever calls `use`, they end with the process.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, name: str = "fastdp-read") -> None:
         self.count = count
+        self._name = name
         # A finalizer may call `release` in a thread that is inside `_submit`.
         self._lock = threading.RLock()
         self._pool: ThreadPoolExecutor | None = None
@@ -84,7 +87,7 @@ class JobThreads:
         """Have other threads take jobs too."""
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.count - 1, "fastdp-read")
+                self._pool = ThreadPoolExecutor(self.count - 1, self._name)
             return [self._pool.submit(_drain, waiting) for _ in range(count)]
 
 

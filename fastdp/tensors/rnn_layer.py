@@ -1,0 +1,98 @@
+"""Runs oneDNN's recurrent layer, forward and backward, with its rows in parts that are computed at once.
+
+`aten::mkldnn_rnn_layer` is what ATen runs for one direction of a layer of an LSTM. It keeps a workspace that its
+backward reads, only while gradients are enabled, and of a size that oneDNN alone knows. Here nothing is recorded, and
+each part of the rows has a workspace of its own.
+
+Shapes: x (steps, rows, features), four weights as ATen has them, h and c (rows, units), outputs (steps, rows, units).
+The options are ATen's arguments behind c, in its order. Results own their memory and are contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdp.tensors.row_parts import at_once, parts_of
+
+_AXES = (1, -2, -2)  # the rows of x or outputs, of h, and of c
+
+
+def layer_parts(rows: int, steps: int, features: int, units: int) -> int:
+    """Into how many parts the rows of an LSTM are best cut, with the cores that torch has now."""
+    return parts_of(rows, 4 * units * (features + units) * rows * steps)
+
+
+def rnn_layer(
+    x: Tensor, weights: Sequence[Tensor], h: Tensor, c: Tensor, options: Sequence[Any], parts: int, keep: bool = True
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Outputs, the last h and the last c, and a workspace for each part, which is empty unless it is to be kept."""
+    weights = [weight.detach() for weight in weights]
+    cut = [_cut(tensor, axis, parts) for tensor, axis in zip((x, h, c), _AXES, strict=True)]
+
+    def compute(part: int) -> Any:
+        of_x, of_h, of_c = (_contiguous(pieces[part]) for pieces in cut)
+        with torch.set_grad_enabled(keep):
+            return torch.ops.aten.mkldnn_rnn_layer.default(of_x, *weights, of_h, of_c, *options)
+
+    found = at_once(compute, parts)
+    outputs, last_h, last_c = (_joined([one[i] for one in found], axis) for i, axis in enumerate(_AXES))
+    workspaces = [x.new_empty(0, dtype=torch.uint8) if one[3] is None else one[3] for one in found]
+    return outputs, last_h, last_c, workspaces
+
+
+def rnn_layer_backward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    results: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    options: Sequence[Any],
+    workspaces: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """The gradients of x, of the four weights, of h and of c.
+
+    Args:
+        states: h and c.
+        results: outputs, the last h and the last c.
+        gradients: those of the results.
+        options: ATen's arguments between the gradients and the workspace.
+        workspaces: those of forward, one for each part.
+    """
+    parts = len(workspaces)
+    weights = [weight.detach() for weight in weights]
+    axes = (*_AXES, *_AXES, *_AXES)
+    cut = [_cut(tensor, axis, parts) for tensor, axis in zip((x, *states, *results, *gradients), axes, strict=True)]
+
+    def compute(part: int) -> Any:
+        of_x, *others = (_contiguous(pieces[part]) for pieces in cut)
+        with torch.no_grad():
+            return torch.ops.aten.mkldnn_rnn_layer_backward.default(of_x, *weights, *others, *options, workspaces[part])
+
+    found = at_once(compute, parts)
+    x_gradient, h_gradient, c_gradient = (
+        _joined([one[i] for one in found], axis) for i, axis in zip((0, 5, 6), _AXES, strict=True)
+    )
+    first, *rest = ([weight.contiguous() for weight in one[1:5]] for one in found)
+    for one in rest:  # in the order of rows
+        for total, more in zip(first[:3], one, strict=False):
+            total.add_(more)
+    first[3] = first[2].clone()  # both biases have one gradient, and results of an operation must not share memory
+    return x_gradient, *first, h_gradient, c_gradient
+
+
+def _cut(tensor: Tensor | None, axis: int, parts: int) -> Sequence[Tensor | None]:
+    """The parts of a tensor's rows, detached."""
+    return [None] * parts if tensor is None else tensor.detach().tensor_split(parts, axis)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _joined(pieces: Sequence[Tensor], axis: int) -> Tensor:
+    """All rows, in memory of their own."""
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(list(pieces), axis)

@@ -1,0 +1,67 @@
+"""Parts of an operation's rows that are computed at once, each on one core, in place of one operation on several.
+
+A recurrent layer's threads would meet at every time step. There they lose more than they bring, and where other work
+takes one of the cores, each meeting waits for it. Parts of the rows meet once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from fastdp.runtime.host.job_threads import JobThreads, thread_count
+from fastdp.tensors.threads import end_pool, openmp
+
+Result = TypeVar("Result")
+
+# A part has at least so many rows and multiply-adds: to wake a thread takes some tenths of a millisecond.
+LEAST_ROWS = 8
+LEAST_WORK = 1 << 24
+
+_THREADS = JobThreads(thread_count(), "fastdp-rows")
+
+
+def parts_of(rows: int, work: int) -> int:
+    """Into how many parts rows are cut that take `work` multiply-adds together: as many as torch has cores, at most."""
+    return max(1, min(torch.get_num_threads(), rows // LEAST_ROWS, work // LEAST_WORK))
+
+
+def at_once(function: Callable[[int], Result], count: int) -> list[Result]:
+    """`function(0)` to `function(count - 1)`, each on one core, in this thread and others. A single one has all cores.
+
+    The others have no modes of torch's, and record gradients: hand in detached tensors. The first error is raised.
+    """
+    if count == 1:
+        return [function(0)]
+    found: dict[int, Result] = {}
+
+    def compute(part: int) -> None:
+        with _ONE_CORE:
+            found[part] = function(part)
+
+    end_pool()  # helpers of OpenMP that wait awake for this thread's next operation would hold the other cores
+    _THREADS.run([partial(compute, part) for part in range(count)], count)
+    return [found[part] for part in range(count)]
+
+
+class _OneCore:
+    """OpenMP uses one core in this thread. Torch's own setting would be one of the process, which others read."""
+
+    def __init__(self) -> None:
+        self._set: Callable[[int], object] = openmp("omp_set_num_threads") or torch.set_num_threads
+        self._get: Callable[[], int] = openmp("omp_get_max_threads") or torch.get_num_threads
+        self._before = threading.local()
+
+    def __enter__(self) -> None:
+        self._before.cores = self._get()
+        self._set(1)
+
+    def __exit__(self, *error: object) -> None:
+        self._set(self._before.cores)
+
+
+_ONE_CORE = _OneCore()
