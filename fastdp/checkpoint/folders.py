@@ -75,9 +75,8 @@ def write(folder: Path, step: int, fill: Callable[[Path], None]) -> Path:
         new.rename(place)
         _sync(folder)
     except BaseException:
-        if os.path.lexists(old) and not os.path.lexists(
-            place
-        ):  # failed between two renames: the one before is the best
+        # It may have failed between the two renames: the one before is still the best.
+        if os.path.lexists(old) and not os.path.lexists(place):
             old.rename(place)
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -97,6 +96,9 @@ def what_is_wrong(place: Path) -> str | None:
         manifest = _read_manifest(place / MANIFEST)
         if manifest["format"] > FORMAT:
             return f"it has format {manifest['format']}, and this fastdp reads up to {FORMAT}: upgrade fastdp"
+        named = _NAME.fullmatch(place.name)
+        if named is not None and manifest["step"] != int(named[1]):  # it would hide those of later steps
+            return f"it is the checkpoint of step {manifest['step']}, under another name"
         return next((said for name, told in manifest["files"].items() if (said := _differs(place, name, told))), None)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ else:
     import fcntl
 
 NAME = ".lock"
+_HELD = (errno.EACCES, errno.EAGAIN, getattr(errno, "EDEADLOCK", errno.EAGAIN))  # Windows has the last one
 _held: set[Path] = set()  # POSIX's locks do not tell two holders within a process apart
 
 
@@ -26,7 +29,7 @@ class FolderLock:
 
     Raises:
         RuntimeError: another one holds it; the message names its process.
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be written to, or its file system has no locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,10 +41,19 @@ class FolderLock:
             )
         self._file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
+            _check_regular(self._file, folder)
             _lock(self._file)
-        except OSError:
-            holder = os.pread(self._file, 20, 0).decode("ascii", "replace").strip() if hasattr(os, "pread") else "?"
+        except OSError as error:
+            held = error.errno in _HELD
+            reads = held and hasattr(os, "pread")
+            holder = os.pread(self._file, 20, 0).decode("ascii", "replace").strip() if reads else "?"
             os.close(self._file)
+            if not held:
+                raise OSError(
+                    error.errno,
+                    f"`folder` cannot be locked against other processes: {folder} ({error.strerror or error}). Choose "
+                    "a folder on a file system that has locks.",
+                ) from error
             raise RuntimeError(
                 f"`folder` is in use by another process (number {holder}), which writes checkpoints there: {folder}. "
                 "End that one first, or choose another folder."
@@ -57,6 +69,16 @@ class FolderLock:
             _held.discard(self._folder)
             os.close(self._file)
             self._file = -1
+
+
+def _check_regular(file: int, folder: Path) -> None:
+    """Check that the lock is a file, and no pipe.
+
+    Raises:
+        OSError: it is something else.
+    """
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise OSError(errno.EINVAL, f"{folder / NAME} is no file: remove it")
 
 
 def _lock(file: int) -> None:

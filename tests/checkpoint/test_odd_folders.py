@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import resource
 import signal
 import threading
 
 import checkpoint_fuzzer
+import folder_fuzzer
 import numpy as np
 import pytest
 import torch
@@ -197,3 +200,53 @@ def test_any_name_of_a_folder_and_a_link_to_it(tmp_path, name):
     assert folders.steps_in(tmp_path / "real") == [2, 1]
     with pytest.raises(RuntimeError, match="in use by another checkpoint"), run_in(tmp_path / name, module):
         run_in(tmp_path / "real", module)
+
+
+LOCKS = {
+    "a pipe": (os.mkfifo, "cannot be locked against other processes"),
+    "a folder": (lambda path: path.mkdir(), r"\.lock"),
+    "a link": (lambda path: path.symlink_to("elsewhere"), r"\.lock"),
+}
+
+
+@pytest.mark.parametrize("kind", LOCKS)
+def test_a_lock_that_is_no_file_is_an_error_that_names_it(tmp_path, kind):
+    make, said = LOCKS[kind]
+    make(tmp_path / ".lock")
+    with pytest.raises(OSError, match=said):
+        Store(tmp_path, 1, None, 3)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    def unlocked(file):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastdp.checkpoint.lock._lock", unlocked)
+        with pytest.raises(OSError, match=rf"{tmp_path} \(No locks available\)\. Choose a folder"):
+            Store(tmp_path, 1, None, 3)
+    Store(tmp_path, 1, None, 3).close()
+
+
+def test_one_under_the_name_of_a_later_step_hides_none_and_is_left_out(tmp_path):
+    module = nn.Linear(2, 1)
+    with run_in(tmp_path, module) as checkpoint:
+        for _ in range(3):
+            checkpoint.step()
+    (tmp_path / name_of(1)).rename(tmp_path / name_of(7))
+
+    def again():
+        with run_in(tmp_path, module) as checkpoint:
+            found = checkpoint.restore().step
+            checkpoint.step()
+        return found
+
+    with pytest.warns(UserWarning, match="step-00000007 is not whole: it is the checkpoint of step 1, under another"):
+        assert again() == 3
+    assert again() == 4
+
+
+def test_a_run_goes_on_whatever_is_left_in_its_folder_between_restarts(monkeypatch):
+    monkeypatch.setattr(folders, "_sync", lambda path: None)  # which is slow
+    assert folder_fuzzer.main(15, 7) == 15 * folder_fuzzer.RESTARTS

@@ -272,7 +272,7 @@ def _sign(place: Path) -> None:
     if not place.is_dir():
         return
     files = [file for file in sorted(place.iterdir()) if file.name != folders.MANIFEST and file.is_file()]
-    manifest = folders._manifest(3, files)
+    manifest = folders._manifest(int(place.name.removeprefix("step-")), files)
     path = place / folders.MANIFEST
     if path.is_dir() and not path.is_symlink():
         path.rmdir()
