@@ -41,6 +41,11 @@ class Background:
         if failure is not None:
             raise failure
 
+    @property
+    def failed(self) -> bool:
+        """Whether the work has failed, and nobody has been told."""
+        return self._failure is not None
+
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()

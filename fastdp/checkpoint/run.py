@@ -59,7 +59,7 @@ class Checkpoint:
         ValueError, TypeError: an argument is of no use.
         RuntimeError: another process writes into the folder.
         OSError: the folder cannot be made or written to. If a checkpoint cannot be written later (the disk is full),
-            the next one raises it; caught, the loop can go on, and the next one tries anew. At the end of `with`, and
+            the next step raises it; caught, the loop can go on, and the next one tries anew. At the end of `with`, and
             after a signal, that is a warning, and the last one is tried.
 
     Example:

@@ -159,12 +159,14 @@ class Store:
         return None
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint of this step is to be written."""
+        """Whether to write a checkpoint of this step; also where the one before could not be, which `save` tells."""
         if not self.leads:
             return False
         by_steps = self._every_steps is not None and step - self._saved_step >= self._every_steps
-        return by_steps or (
-            self._every_seconds is not None and time.monotonic() - self._saved_at >= self._every_seconds
+        return (
+            self._background.failed
+            or by_steps
+            or (self._every_seconds is not None and time.monotonic() - self._saved_at >= self._every_seconds)
         )
 
     def save(self, step: int, fill: Callable[[Path], None], *, last: bool = False) -> None:

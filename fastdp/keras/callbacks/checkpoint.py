@@ -52,7 +52,7 @@ class Checkpoint(WritesFiles):
         ValueError, TypeError: an argument is of no use, the run is over, or the checkpoint is of another model.
         RuntimeError: another process writes into the folder; the model is not built.
         OSError: the folder cannot be written to. If a checkpoint cannot be written (the disk is full), `fit` ends with
-            it when the next one is due. At its end, and after a signal, that is a warning, and the last one is tried.
+            it at the next step. At its end, and after a signal, that is a warning, and the last one is tried.
 
     Example:
         >>> checkpoint = fastdp.callbacks.Checkpoint("run", every_minutes=10)  # doctest: +SKIP
