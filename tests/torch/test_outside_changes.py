@@ -152,3 +152,37 @@ def test_a_module_that_is_wrapped_again_has_its_new_part(devices):
         return fastdp.wrap(module, gpus=devices, sync_batch_norm=True).train_step(F.mse_loss, sgd)
 
     torch.testing.assert_close(train(parallel), train(plain), rtol=1e-9, atol=1e-11)
+
+
+class Lazy(dict):
+    """A table that makes its items when it is asked for them, as libraries do that import their parts late."""
+
+    made = 0
+
+    def items(self):
+        type(self).made += 1
+        return [("scale", 2.0)]
+
+    def keys(self):
+        return dict(self.items()).keys()
+
+    __iter__ = keys
+
+
+LAZY = Lazy(weight=3.0)
+
+
+class ReadsLazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x) * LAZY["weight"]
+
+
+def test_a_table_that_makes_its_items_is_not_asked_for_them():
+    module = ReadsLazy()
+    x = torch.ones(5, 4)
+    torch.testing.assert_close(fastdp.wrap(module, gpus=2)(x), module(x))
+    assert Lazy.made == 0

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastdp
+from fastdp.program.torch.rows.weights import usual_numbers
 
 DEVICES = [1, 2, 3, 8]
 SEVERAL = [2, 3, 8]
@@ -270,3 +271,36 @@ def test_a_loss_of_each_devices_own_rows_is_refused(reduction):
     step = fastdp.wrap(Masked(), gpus=2).train_step(lambda out: out["loss"], sgd, reduction=reduction)
     with pytest.raises(ValueError, match=r"Use reduction=None|Leave `reduction` out"):
         step({"ids": IDS, "labels": LABELS, "mask": FULL})
+
+
+class Begins(Words):
+    """A language model as it begins: its loss is nearly the same for all words, and in single precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(5, WORDS, bias=False).double()
+        with torch.no_grad():
+            self.head.weight.mul_(0.02)
+
+    def forward(self, ids, labels):
+        shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        return F.cross_entropy(self.logits(ids).float().flatten(0, 1), shifted.flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_a_loss_that_is_nearly_the_same_for_all_words_shows_which_ones_count(devices):
+    module = Begins()
+    plain = copy.deepcopy(module)
+    model = fastdp.wrap(module, gpus=devices)
+    for rows in (6, 5):
+        ids = 1 + integers(WORDS - 1, rows, STEPS)
+        labels = ids.masked_fill(torch.arange(STEPS) >= 3 + torch.arange(rows)[:, None], -100)
+        for one in (model, plain):
+            one(ids, labels).backward()
+    torch.testing.assert_close(module.head.weight.grad, plain.head.weight.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_numbers_that_stand_in_an_array_are_tried_before_others_that_are_compared():
+    labels = torch.tensor([[3, -100, 2], [1, 4, -100]])
+    found = usual_numbers(labels, [40.0, 16.0, 24.0, 48.0, 56.0, 64.0, -100.0, 0.5])
+    assert found.index(-100) < found.index(16)

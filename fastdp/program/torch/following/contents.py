@@ -234,8 +234,11 @@ class Contents:
             else:
                 self._attributes(container, name, list(vars(container)), inside)
         if isinstance(container, dict):
-            self.holders.append(Holder(name, container, list(container), container))
-            for key, value in list(container.items()):
+            held = dict(
+                dict.items(container)
+            )  # what it holds: a class of its own may make items when it is asked for them
+            self.holders.append(Holder(name, container, list(held), container))
+            for key, value in held.items():
                 self.walk(value, f"{name}[{key!r}]", inside=inside)
             return
         if isinstance(container, _SEQUENCES):
@@ -338,10 +341,14 @@ def _is_parallel(value: Any) -> bool:
     )
 
 
+_STORING = (dis.opmap["STORE_GLOBAL"], dis.opmap["DELETE_GLOBAL"])
+
+
 def stored_names(code: types.CodeType) -> Iterator[str]:
     """The names of the globals that a function and the functions nested in it assign or delete."""
-    for one in dis.get_instructions(code):
-        if one.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+    operations = code.co_code[::2]  # most assign none, and `dis` is slow
+    for one in dis.get_instructions(code) if any(operation in operations for operation in _STORING) else ():
+        if one.opcode in _STORING:
             yield one.argval
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -145,6 +145,11 @@ class Findings:
         ways = {way for found in self.means.values() if Effect.MEAN not in found for way in found}
         return {(way.place, way.nothing) for way in ways if isinstance(way, Counted)}
 
+    def is_undecided(self) -> bool:
+        """Whether a mean may be one over entries of several arrays, or of several parts of one."""
+        every = ([way for way in found if isinstance(way, Counted)] for found in self.means.values())
+        return any(len({(way.place, way.cut) for way in ways}) > 1 for ways in every)
+
     # Trials.
 
     def see(self, trial: Trial, parts: Sequence[Run], whole: Run) -> None:
@@ -255,6 +260,8 @@ class Findings:
             weights = {} if self._exact[at] else self._weights(trial)
             found = candidates(values[:2], values[2], self._rows, rough=self._rough, weights=weights)
             seen = f"shape {shapes[2]} for any rows, but values that are no mean, sum or extreme over rows"
+            if shapes[2] == ():
+                seen += " (means over different entries must be returned one by one, not as their sum)"
             self._keep(at, found, seen, trusted=trial.meets)
             unknown = self._layouts[at] is not None
         else:

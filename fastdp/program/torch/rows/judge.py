@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from fastdp.program.torch.shared_draws import DrawPlaces
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _ALWAYS = 4  # trials
 NOISE = 0.1
+_MUCH_NOISE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,19 @@ class Judge:
                 self._look_for(place, number, chosen)
         for place, number in self.findings.left_out():
             self._look_for(place, number, chosen, self._rows[0])
+        if self.findings.is_undecided():  # a loss that is nearly the same for all rows, as at the beginning
+            changes: list[Change] = [Injected(place, number) for place, number in self.findings.left_out()]
+            changes.append(OtherValues(flags=False))
+            for rows, change in itertools.product((chosen, chosen[::-1]), changes):
+                self._look_apart(rows, change)
+
+    def _look_apart(self, chosen: Sequence[int], change: Change) -> None:
+        """Run one trial with parameters that are far apart. It does not count if it leaves nothing possible."""
+        before = self.findings.saved()
+        try:
+            self._look_again(chosen, change, noise=_MUCH_NOISE, on_host=True)
+        except ValueError:
+            self.findings.restore(before)
 
     def _runs(self) -> bool:
         """Whether the module runs on all rows of the batch."""

@@ -106,7 +106,9 @@ def usual_numbers(array: torch.Tensor, compared: Iterable[float]) -> list[float 
         return []
     info = torch.iinfo(array.dtype)
     flags = [2] if array.min() >= 0 and array.max() <= 1 else []
-    near = [int(number) + step for number in compared if number == number // 1 for step in (0, -1, 1)]
+    whole = sorted(int(number) for number in compared if number == number // 1)
+    whole.sort(key=lambda number: not bool((array == number).any()))  # what is there comes before sizes and the like
+    near = [number + step for step in (0, -1, 1) for number in whole]
     found = [number for number in dict.fromkeys([*_USUAL, *flags, *near]) if info.min <= number <= info.max]
     return [None, *found[:_MOST]]
 
