@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.library import custom_op
 
 from fastdp.tensors.rnn_layer import rnn_layer, rnn_layer_backward
+from fastdp.tensors.row_parts import is_small
 from fastdp.tensors.threads import intra_op_threads
 
 _LSTM = 2  # ATen's number for LSTM among its kinds of recurrent networks
@@ -279,18 +280,13 @@ _GRU_INPUTS = "Tensor x, Tensor h, Tensor kernel, Tensor recurrent, Tensor bias,
 _LISTS = "Tensor[] inputs, Tensor[] results, Tensor[] gradients"
 
 
-# Below this many multiply-adds per time step's recurrent product, one thread is faster than several that synchronize
-# at every step. docs/log.md has the measurements. Rows of oneDNN's LSTM that are in parts do not synchronize there.
-SMALL = 1 << 22
-
-
 def _with_few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, on one thread if a time step is too small to pay for synchronizing several."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         rows, units = (args if isinstance(args[0], Tensor) else args[0])[1].shape
-        alone = torch.get_num_threads() > 1 and rows * units * 4 * units < SMALL
+        alone = torch.get_num_threads() > 1 and is_small(rows, units)
         with intra_op_threads(1) if alone else nullcontext():
             return function(*args)
 
@@ -305,7 +301,8 @@ def _registered(name: str, forward: Any, fake: Any, backward: Any, inputs: str, 
         outputs: how many results are differentiable; the others are kept for backward.
     """
     results = "Tensor, Tensor, Tensor" + (", Tensor[]" if name == "lstm_onednn" else "")
-    forward, backward = _with_few_threads(forward), _with_few_threads(backward)
+    if name != "lstm_onednn":  # whose parts see to it themselves
+        forward, backward = _with_few_threads(forward), _with_few_threads(backward)
     op: Any = custom_op(f"fastdp::{name}", forward, mutates_args=(), schema=f"({inputs}{options}) -> ({results})")
     op.register_fake(fake)
     takes_options = options if name == "gru_scan" else ""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdp.tensors.row_parts import at_once, parts_of
+from fastdp.tensors.row_parts import at_once, is_small, parts_of
 
 _AXES = (1, -2, -2)  # the rows of x or outputs, of h, and of c
 
@@ -38,7 +38,7 @@ def rnn_layer(
         with torch.set_grad_enabled(keep):
             return torch.ops.aten.mkldnn_rnn_layer.default(of_x, *weights, of_h, of_c, *options)
 
-    found = at_once(compute, parts)
+    found = at_once(compute, parts, one_core=is_small(h.shape[-2], h.shape[-1]))
     outputs, last_h, last_c = (_joined([one[i] for one in found], axis) for i, axis in enumerate(_AXES))
     workspaces = [x.new_empty(0, dtype=torch.uint8) if one[3] is None else one[3] for one in found]
     return outputs, last_h, last_c, workspaces
@@ -72,7 +72,7 @@ def rnn_layer_backward(
         with torch.no_grad():
             return torch.ops.aten.mkldnn_rnn_layer_backward.default(of_x, *weights, *others, *options, workspaces[part])
 
-    found = at_once(compute, parts)
+    found = at_once(compute, parts, one_core=is_small(*states[0].shape[-2:]))
     x_gradient, h_gradient, c_gradient = (
         _joined([one[i] for one in found], axis) for i, axis in zip((0, 5, 6), _AXES, strict=True)
     )

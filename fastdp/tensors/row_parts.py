@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -22,6 +23,10 @@ Result = TypeVar("Result")
 LEAST_ROWS = 8
 LEAST_WORK = 1 << 24
 
+# Below this many multiply-adds per time step's recurrent product, one thread is faster than several that synchronize
+# at every step. docs/log.md has the measurements.
+SMALL_STEP = 1 << 22
+
 _THREADS = JobThreads(thread_count(), "fastdp-rows")
 
 
@@ -30,13 +35,23 @@ def parts_of(rows: int, work: int) -> int:
     return max(1, min(torch.get_num_threads(), rows // LEAST_ROWS, work // LEAST_WORK))
 
 
-def at_once(function: Callable[[int], Result], count: int) -> list[Result]:
-    """`function(0)` to `function(count - 1)`, each on one core, in this thread and others. A single one has all cores.
+def is_small(rows: int, units: int, gates: int = 4) -> bool:
+    """Whether a time step is too small to pay for synchronizing several threads."""
+    return rows * units * gates * units < SMALL_STEP
 
-    The others have no modes of torch's, and record gradients: hand in detached tensors. The first error is raised.
+
+def at_once(function: Callable[[int], Result], count: int, *, one_core: bool = True) -> list[Result]:
+    """`function(0)` to `function(count - 1)`, each on one core, in this thread and others.
+
+    As many run at once as torch has cores. The others have no modes of torch's, and record gradients: hand in detached
+    tensors. The first error is raised.
+
+    Args:
+        one_core: whether a single one has one core too; else it has all.
     """
     if count == 1:
-        return [function(0)]
+        with _ONE_CORE if one_core else nullcontext():
+            return [function(0)]
     found: dict[int, Result] = {}
 
     def compute(part: int) -> None:
@@ -44,7 +59,7 @@ def at_once(function: Callable[[int], Result], count: int) -> list[Result]:
             found[part] = function(part)
 
     end_pool()  # helpers of OpenMP that wait awake for this thread's next operation would hold the other cores
-    _THREADS.run([partial(compute, part) for part in range(count)], count)
+    _THREADS.run([partial(compute, part) for part in range(count)], torch.get_num_threads())
     return [found[part] for part in range(count)]
 
 

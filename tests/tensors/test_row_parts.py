@@ -15,6 +15,7 @@ from fastdp.tensors.threads import openmp
 @pytest.fixture
 def two_threads(monkeypatch):
     monkeypatch.setattr(row_parts, "_THREADS", JobThreads(2, "fastdp-rows"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 @pytest.mark.parametrize(
@@ -46,10 +47,25 @@ def test_parts_run_at_once_each_on_one_core_and_come_in_order(two_threads):
     assert cores() == before
 
 
-def test_a_single_part_has_all_cores():
-    assert row_parts.at_once(lambda part: (part, threading.get_ident(), torch.get_num_threads()), 1) == [
-        (0, threading.get_ident(), torch.get_num_threads())
-    ]
+def test_no_more_parts_run_at_once_than_torch_has_cores_now(two_threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert set(row_parts.at_once(lambda part: threading.get_ident(), 3)) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("one_core", [True, False])
+def test_a_single_part_has_one_core_or_all(one_core):
+    cores = openmp("omp_get_max_threads") or torch.get_num_threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert row_parts.at_once(lambda part: (part, cores()), 1, one_core=one_core) == [(0, 1 if one_core else 2)]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("rows", "units", "small"), [(64, 64, True), (64, 128, False), (63, 128, True)])
+def test_a_time_step_is_small_below_four_million_multiply_adds(rows, units, small):
+    assert row_parts.is_small(rows, units) is small
 
 
 def test_an_error_of_a_part_is_raised_and_the_cores_come_back(two_threads):

@@ -70,7 +70,7 @@ def test_rows_in_parts_train_as_plain_torch(options, monkeypatch):
     monkeypatch.setattr(row_parts, "LEAST_ROWS", 1)
     monkeypatch.setattr(row_parts, "LEAST_WORK", 1)
     counts, at_once, cores = [], rnn_layer.at_once, torch.get_num_threads()
-    monkeypatch.setattr(rnn_layer, "at_once", lambda function, count: counts.append(count) or at_once(function, count))
+    monkeypatch.setattr(rnn_layer, "at_once", lambda f, count, **o: counts.append(count) or at_once(f, count, **o))
     torch.manual_seed(0)
     module, x, y = Reader(**options), torch.randn(4, 7, 5, 3), torch.randint(0, 2, (4, 7))
     plain = copy.deepcopy(module)

@@ -244,9 +244,9 @@ def in_three_parts(monkeypatch):
     monkeypatch.setattr(row_parts, "LEAST_ROWS", 1)
     monkeypatch.setattr(row_parts, "LEAST_WORK", 1)
 
-    def noting(function, count):
+    def noting(function, count, **options):
         counts.append(count)
-        return row_parts.at_once(function, count)
+        return row_parts.at_once(function, count, **options)
 
     monkeypatch.setattr(rnn_layer, "at_once", noting)
     torch.set_num_threads(3)
