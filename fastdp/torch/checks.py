@@ -106,7 +106,14 @@ def _check_overlap(slots: list[Slot]) -> None:
     )
     for (_, stop, name), (start, _, other) in itertools.pairwise(spans):
         if start < stop:
+            parameters = all(slot.is_parameter for slot in slots if slot.name in (name, other))
+            remedy = "assign the same nn.Parameter to both." if parameters else _TIE_BUFFERS
             raise ValueError(
-                f"`model` has {name!r} and {other!r}, which share memory but are two tensors. To tie parameters, "
-                "assign the same nn.Parameter to both."
+                f"`model` has {name!r} and {other!r}, which share memory but are two tensors. To tie them, {remedy}"
             )
+
+
+_TIE_BUFFERS = (
+    "register the same tensor under both names. Where one is a part of the other, make it in forward (self.table[0]), "
+    "or register a copy (.clone()), which does not change with it."
+)

@@ -538,3 +538,11 @@ def test_a_state_by_rows_that_forward_reads_is_named_with_its_remedy(where, name
         model(SEVEN)
     with pytest.raises(ValueError, match=rf"holds `{name}`.*pass it as an argument and return the new"):
         model(SEVEN)
+
+
+def test_buffers_that_share_memory_say_what_to_register():
+    module = nn.Linear(4, 3)
+    module.register_buffer("table", torch.zeros(5, 3))
+    module.register_buffer("first", module.table[0])
+    with pytest.raises(ValueError, match=r"'table'.*share memory.*same tensor under both names.*self\.table\[0\]"):
+        fastdp.wrap(module, gpus=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from fastdp.tensors import pytree
 from fastdp.tensors.arrays import dtype_name
 
-PLAIN = (type(None), bool, int, float, complex, str)
+PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.memory_format, enum.Enum)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,12 @@ def _instead_of(leaf: object) -> str:
         return "Return tensors, and convert the merged ones."
     if isinstance(leaf, Mapping):
         return "Make it a plain dict."
+    if isinstance(leaf, torch.distributions.Distribution):
+        return f"Return its parameters, and make the {name} of the merged ones."
+    if isinstance(leaf, torch.Generator):
+        return "Keep it in the module as an attribute: it draws as on one device."
+    if callable(leaf):
+        return "Keep it in the module as an attribute, or pass a string or an enum that says which one."
     if name.endswith("Cache") and type(leaf).__module__.startswith("transformers."):
         return "Train without a cache: module.config.use_cache = False, or use_cache=False in the call."
     return "Make it tensors in a tuple, a list, a dict or a dataclass, or keep it in the module as an attribute."

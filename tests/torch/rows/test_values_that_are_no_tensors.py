@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 import pytest
 import torch
 from torch import nn
@@ -58,3 +60,40 @@ def test_the_number_of_rows_as_a_tensor_is_their_sum(devices):
     torch.testing.assert_close(step(x, target), expected, rtol=1e-9, atol=1e-11)
     assert step.result.outputs["rows"] == 24
     assert step.result.outputs["name"] == "a"
+
+
+class Way(enum.Enum):
+    ONCE = 1
+    TWICE = 2
+
+
+class TakesWays(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4).double()
+
+    def forward(self, x, way, dtype):
+        return self.a(x.to(dtype) * way.value), way, dtype
+
+
+@pytest.mark.parametrize("compiled", [None, "trace"])
+@pytest.mark.parametrize("devices", [1, 3])
+def test_enums_and_dtypes_are_arguments_and_outputs(devices, compiled):
+    module = TakesWays()
+    model = fastdp.wrap(module, gpus=devices, compile=compiled)
+    with torch.no_grad():
+        for way in (*[Way.ONCE] * 4, *[Way.TWICE] * 4, Way.ONCE):
+            x = torch.randn(7, 6)
+            found = model(x, way, dtype=torch.float64)
+            torch.testing.assert_close(found[0], module(x, way, torch.float64)[0])
+            assert found[1:] == (way, torch.float64)
+
+
+def test_objects_are_refused_with_what_to_write_for_each():
+    model = fastdp.wrap(TakesWays(), gpus=2)
+    for value, remedy in ((torch.Generator(), "draws as on one device"), (torch.tanh, "a string or an enum")):
+        with pytest.raises(TypeError, match=rf"at `\[0\]\[1\]`\. Keep it in the module as an attribute.*{remedy}"):
+            model(torch.randn(7, 6), value, torch.float64)
+    normal = fastdp.wrap(Counts(lambda x: torch.distributions.Normal(x, 1.0)), gpus=2)
+    with pytest.raises(TypeError, match=r"at `\['rows'\]`\. Return its parameters, and make the Normal of the merged"):
+        normal(torch.randn(7, 6).double())
