@@ -8,7 +8,9 @@ from faults import Fault, injected
 from trained_kinds import KINDS
 
 import fastdp
+from fastdp.capture import patience
 from fastdp.capture.compile.compiler import missing_compiler
+from fastdp.capture.speed_trial import STEPS
 
 SECONDS = 300.0  # for the compiler
 
@@ -56,3 +58,37 @@ def test_the_compiled_form_takes_over_on_the_devices_that_are_left(name, shards)
     assert hows(model.parallel) == {"compiled"}
     assert model.parallel.rejoin_devices() == ["virtual:1"]
     step(27, 30)
+
+
+def test_steps_that_choose_their_form_begin_anew_on_the_devices_that_are_left(monkeypatch):
+    """A device is lost while compiled steps are timed against other forms: on the one that is left all begins anew."""
+    for wait in ("TRACE_SECONDS", "TRACE_STEPS", "COMPILE_PATIENCE"):
+        monkeypatch.setattr(patience, wait, 0.0)
+    options = {"normalizes": False, "dtype": "float64", "on_device_loss": "continue"}
+    model, untouched = (KINDS["keras"](devices, **options, compile=how) for devices, how in ((2, "auto"), ([2], None)))
+    numbers = iter(range(0, 300, 3))  # batches of as many rows
+
+    def step(count=1, kind="delay"):
+        for _, number in zip(range(count), numbers, strict=False):
+            with injected(Fault("run", "virtual:1", kind)):
+                model.step(number)
+            untouched.step(number)
+            for one, other in zip(model.state(), untouched.state(), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-7)
+
+    step(3)
+    model.parallel.wait_compiled(SECONDS)
+    step(4)
+    (entry,) = model.parallel.report()
+    assert entry["how"] == "compiled"
+    assert entry["why"].startswith("being timed")
+    step(kind="lose")
+    step(3)
+    (entry,) = model.parallel.report()
+    assert (entry["how"], entry["rows"], entry["of"]) == ("traced", 12, 12)
+    model.parallel.wait_compiled(SECONDS)
+    step(2 * STEPS + 1)
+    (entry,) = model.parallel.report()
+    assert "being timed" not in entry.get("why", "")
+    assert model.parallel.rejoin_devices() == ["virtual:1"]
+    step(2)
