@@ -210,6 +210,9 @@ class LayerCalls:
         rows = effects.try_call(dealt.on_rows, dealt.batch.arrays, dealt.batch.structure, dealt.shared)
         if effects.refused is None and not sole and not self._is_part(effects, rows, call, dealt):
             effects.refused = "its outputs for two rows differ from those rows of its outputs for the whole batch"
+        if effects.refused is None and self.has_others:
+            parts = dealt.batch.deal(len(self.engine.devices))
+            effects.check_at_size(dealt.on_rows, dealt.batch.arrays, dealt.batch.structure, dealt.shared, parts)
         return _Kind(effects, roles, effects.refused, open=not effects.tried)
 
     @staticmethod

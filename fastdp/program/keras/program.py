@@ -357,12 +357,14 @@ class KerasProgram(Program):
     def inspect(self, batch: Batch, *, training: bool = True, every_row: bool = False) -> None:
         """Try how outputs and side effects depend on the rows. Called before the first steps, on the host thread."""
         effects = self.effects if training else self.forward_effects
-        if self._replicas == 1 or not effects.asks_of(batch.rows, every_row=every_row):
+        asks = effects.asks_of(batch.rows, every_row=every_row)
+        if self._replicas == 1 or not (asks or effects.asks_of_size(batch.rows)):
             return
         context = Context.alone(batch, batch.structure, 0, batch.rows, batch.rows)
         context.device = self._adopted[0].home.device if self._adopted else None
         with keras_device(context.device), RowsNamed(self, batch, context):
             effects.inspect(batch.arrays, batch.structure, every_row=every_row)
+            effects.check_at_size(batch.arrays, batch.structure, batch.deal(self._replicas))
 
     @property
     def most_replicas(self) -> int:  # type: ignore[override]

@@ -24,8 +24,10 @@ from fastdp.program.keras.batch_norm import statistics
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.plain_outputs import is_same
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
-from fastdp.program.keras.rows.probe import Effects, quiet
+from fastdp.program.keras.rows.at_size import differs_at_size
+from fastdp.program.keras.rows.probe import Effects, generators_kept, quiet
 from fastdp.program.keras.variables import ReplicaScope
+from fastdp.shard import Rows
 from fastdp.tensors.row_effects import MIXED_TOLERANCE, Effect, classify
 
 # A call by rows: the row tensors, then the tensors that all rows share.
@@ -140,6 +142,28 @@ class LayerEffects(Effects):
             if known and not is_close(part, out[per_row * start : per_row * (start + 2)]):
                 return False
         return True
+
+    def check_at_size(
+        self,
+        call: RowsCall,
+        batch: Sequence[np.ndarray],
+        structure: Structure,
+        shared: Sequence[torch.Tensor],
+        parts: Sequence[Rows],
+    ) -> None:
+        """Refuse the call if devices together do not give what it gives for all rows. Arguments as of `try_call`.
+
+        Args:
+            parts: the rows of each device.
+        """
+
+        def outputs(start: int, stop: int) -> list[Any]:
+            seen = self._on_rows(call, batch, structure, shared, start, stop)
+            return [] if seen.made_up else seen.outputs
+
+        with replica_aware(), generators_kept(), self._noting_writes():
+            if differs_at_size(outputs, None, parts):
+                self._answer("it gives something else for all rows of a batch than for the rows of each device")
 
     def _answer(self, refused: str | None) -> None:
         self.tried, self.refused = True, refused

@@ -21,11 +21,13 @@ from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import running
+from fastdp.program.keras.rows.at_size import differs_at_size, model_at_size
 from fastdp.program.keras.rows.known_layers import keeps_rows_apart, why_overwritten
 from fastdp.program.keras.rows.mixing import Tried, capital, title
 from fastdp.program.keras.rows.probe import Effects, generators_kept, unlike_rows
 from fastdp.program.keras.rows.trials import FAILURES, Verdict
 from fastdp.program.keras.rows.units import Merged, Plan, Unit
+from fastdp.shard import Rows
 from fastdp.tensors.row_effects import Effect, Layout, NotByRowsError, UndecidedError
 from fastdp.warn import warn_user
 
@@ -77,6 +79,7 @@ class ModelEffects(Effects):
         self._plans: dict[Unit, Plan] = {}
         self._calls: dict[int, int] = {}
         self._trials = self._rows_tried = 0
+        self._sizes: set[int] = set()
         self._unlike = True
         self.layouts, self.alone = None, False
         self.asked_of_every_row = False
@@ -117,6 +120,34 @@ class ModelEffects(Effects):
             self._losses, self._rows_tried = [], 3
         open_question = self._losses is None or self._rows_tried < min(3, count) or not self._unlike
         return count >= 2 and not self.alone and (every_row or (open_question and self._trials < _MOST_TRIALS))
+
+    def asks_of_size(self, count: int) -> bool:
+        """Whether `check_at_size` would run the model on a batch of `count` rows."""
+        known = not self._trials or self.alone or self._plans or self._policy.rows == "replica"
+        return not known and count > 3 and count not in self._sizes and len(self._sizes) < _MOST_TRIALS
+
+    def check_at_size(self, batch: Sequence[np.ndarray], structure: Structure, parts: Sequence[Rows]) -> None:
+        """Check, for each of a few numbers of rows, that devices together give what the model gives for all rows.
+
+        Args:
+            batch, structure: all rows.
+            parts: the rows of each device.
+
+        Raises:
+            NotByRowsError: they do not, and the model cannot run on one device under this policy.
+        """
+        count = len(batch[0])
+        if not self.asks_of_size(count):
+            return
+        with replica_aware(), generators_kept(), self._noting_writes():
+            differs = differs_at_size(model_at_size(self, batch, structure), self.layouts, parts)
+        if differs:
+            why = (
+                f"The model {self._model.name!r} gives something else for {count} rows of a batch than for the rows of "
+                "each device, though not for three rows: something in it depends on how many rows there are."
+            )
+            self._cannot_try(NotByRowsError(f"{why} {_REMEDIES}"), why)
+        self._sizes.add(count)  # not after an error: another step would run
 
     def inspect(self, batch: Sequence[np.ndarray], structure: Structure, *, every_row: bool = False) -> None:
         """Determine, once, how outputs, `add_loss` terms and assigned variables depend on the rows.
