@@ -142,3 +142,28 @@ def test_rows_of_all_devices_and_a_cache_by_the_number_of_rows_may_be_read(keep)
     for x in batches((7, 7, 5, 7)):
         torch.testing.assert_close(model(x), plain(x))
     torch.testing.assert_close(module.kept, plain.kept)
+
+
+def adds_in_place(module, h):
+    module.kept += h.detach().sum()  # a number at first, then a tensor
+    return h
+
+
+def counts_in_place(module, h):
+    module.kept = torch.zeros(()) if module.kept is None else module.kept
+    module.kept += 1
+    return h
+
+
+def test_a_tensor_that_forward_makes_and_the_next_one_changes_by_rows_is_refused():
+    with pytest.raises(ValueError, match=r"makes the tensor `kept`.*self.total \+ value in place of \+="):
+        fastdp.wrap(Keeps(adds_in_place, 0), gpus=2)(batches()[0])
+    module = Keeps(adds_in_place, torch.zeros((), dtype=DOUBLE))
+    plain = copy.deepcopy(module)
+    model = fastdp.wrap(module, gpus=2)
+    counted = Keeps(counts_in_place, None)
+    counts = fastdp.wrap(counted, gpus=2)
+    for x in batches():
+        torch.testing.assert_close((model(x), module.kept), (plain(x), plain.kept))
+        counts(x)
+    assert counted.kept == 3

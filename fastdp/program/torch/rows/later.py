@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 
+from fastdp.program.torch.following.merged import equal
 from fastdp.program.torch.following.writes import Place, put
 from fastdp.program.torch.rows.findings import Findings
 from fastdp.program.torch.rows.judged import is_near
-from fastdp.program.torch.rows.refusals import refused_reading
+from fastdp.program.torch.rows.refusals import refused_in_place, refused_reading
 from fastdp.program.torch.rows.trial import Run, Trial
 from fastdp.tensors import pytree
 from fastdp.tensors.row_effects import Layout
@@ -36,6 +37,7 @@ def look_later(first: Trial, findings: Findings, rows: Sequence[int], failures: 
         shared = [second.run(*part) for part in parts]
     except failures:
         return
+    _check_in_place(second.names_of(ran), [*shared, whole])
     findings.see_later(second, shared, whole)
     kept = findings.kept_by_rows(ran)
     if not kept:
@@ -46,6 +48,20 @@ def look_later(first: Trial, findings: Findings, rows: Sequence[int], failures: 
         return
     if not all(_alike(one, other) for one, other in zip(own, shared, strict=True)):
         raise refused_reading(dict.fromkeys(place.name for place, _ in kept))
+
+
+def _check_in_place(names: Container[str], runs: Sequence[Run]) -> None:
+    """Refuse a tensor that a first pass has put somewhere and a second one changes in place, by its rows.
+
+    Args:
+        names: of the tensors that the first pass has put somewhere.
+        runs: of the second pass, on parts of the rows and on all of them.
+    """
+    for place in runs[-1].written:
+        if place.kind == "tensor" and place.holder in names:
+            values = [run.written[place].leaves[0] for run in runs if place in run.written]
+            if len(values) < len(runs) or not all(equal(value, values[-1]) for value in values):
+                raise refused_in_place(place.name)
 
 
 def _with_own_rows(first: Trial, second: Trial, kept: dict[tuple[Place, int], Layout], start: int, stop: int) -> Run:

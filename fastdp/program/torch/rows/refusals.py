@@ -67,6 +67,15 @@ def refused_reading(names: Iterable[str]) -> NotByRowsError:
     )
 
 
+def refused_in_place(name: str) -> NotByRowsError:
+    """The error for a tensor of this name that one forward makes and the next one changes in place."""
+    return NotByRowsError(
+        f"forward makes the tensor `{name}`, and the next forward changes it in place by the rows of the batch, which "
+        "the copies on other devices would miss. Put another one there (self.total = self.total + value in place of "
+        "+=), begin with a tensor (torch.zeros(())) or a buffer, or use gpus=[0]."
+    )
+
+
 def refused_state(kind: str, name: str) -> NotByRowsError:
     """The error for what forward changes in a way that cannot be merged."""
     what = "no mean, sum or extreme over rows" if kind == "buffer" else "not the same on all devices"

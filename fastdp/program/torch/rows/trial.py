@@ -160,6 +160,11 @@ class Trial:
             later._draws, later._met, later._aligned = drawn._draws, drawn._met, drawn._aligned
         return later
 
+    def names_of(self, run: Run) -> set[str]:
+        """The names of the tensors that a run has put somewhere, of a trial that goes on after it."""
+        put = {id(leaf) for written in run.written.values() for leaf in written.leaves}
+        return {name for name, tensor in self._contents.tensors if id(tensor) in put}
+
     def held(self, rows: int) -> list[str]:
         """The names of tensors of the module, other than parameters, that have an axis of this length."""
         buffers = ((slot.name, slot.tensor) for slot in self.slots if not slot.is_parameter)
