@@ -152,8 +152,10 @@ def wrap(
             - "bucket": same as "auto", but also warns where there is nothing to record.
         update: where the optimizer runs. "each" runs it on every device. "first" runs it on the first device and copies
             the new weights to the others, which is faster where devices outnumber the cores that they share. Results
-            are the same. None means "each" on GPUs and "first" elsewhere. The optimizer of a torch module always runs
-            on the first device: it is the user's own.
+            are the same, unless an optimizer of your own keeps something in Python, such as a count of its calls, since
+            "each" calls it once per device. None means "each" on GPUs for Keras's own optimizers, schedules and
+            constraints, and "first" for yours and elsewhere. The optimizer of a torch module always runs on the first
+            device.
         deterministic: make results repeat bit for bit between runs on one machine with the same devices and cores.
             Steps are slower. They use torch's deterministic algorithms; an operation without one is an error. No
             decision depends on timing: "auto" traces the second step of a batch shape and compiles none, and under

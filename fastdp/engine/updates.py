@@ -118,7 +118,7 @@ def update_mode(program: Program, options: Options, devices: Sequence[QueueDevic
     # The others would update themselves for nothing: they get an exposed home's variables before each step.
     if program.home_is_exposed:
         return "first"
-    return options.update or ("each" if devices[0].on_gpu else "first")
+    return options.update or ("each" if devices[0].on_gpu and program.update_is_ours else "first")
 
 
 def _update_here(step: Step, replicas: Sequence[Replica]) -> None:

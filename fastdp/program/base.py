@@ -97,6 +97,8 @@ class Program(ABC):
             replicas at the beginning of each step instead of its end.
         cores: how many cores a step may use. Read on the host thread before each step. Default: those of the process.
         update_is_reliable: an `update` that has succeeded once will not raise, because it does not run the user's code.
+        update_is_ours: `update` does not run code of the user's that may keep something between two calls, so that it
+            may run once for each replica. Read when the program gets its devices.
         first_may_run_here: on several virtual devices, the first replica may run on the thread that calls the engine.
         scales_loss: the loss is scaled, so gradients may be infinite, and `update` sees to it.
         updates_parts: `update` updates a replica's part of the variables: the part of each bucket of gradients that is
@@ -116,6 +118,7 @@ class Program(ABC):
     update_is_shared: bool = False
     home_is_exposed: bool = False
     update_is_reliable: bool = False
+    update_is_ours: bool = True
     first_may_run_here: bool = True
     scales_loss: bool = False
     updates_parts: bool = False

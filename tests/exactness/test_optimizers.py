@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 import fastdp
+from fastdp.engine.updates import update_mode
+from fastdp.options import Options
 
 optimizers, layers = keras.optimizers, keras.layers
 # Adam and its kin divide by the root of a running mean of squared gradients: where a gradient is nearly zero, a
@@ -372,3 +375,61 @@ def test_a_failed_update_leaves_variables_beside_the_optimizers_own_as_they_were
     with pytest.raises(ZeroDivisionError):
         parallel.train_on_batch(**batches()[2])
     assert all(np.array_equal(v.numpy(), value) for v, value in zip(slots, before, strict=True))
+
+
+@pytest.mark.parametrize("gpus", [2, 3])
+def test_a_loss_scale_around_an_optimizer_that_draws_equals_one_device(gpus: int, twins: Any, same: Any) -> None:
+    recipe = twins(build, by(lambda: optimizers.LossScaleOptimizer(Noisy(), initial_scale=8.0)))
+    same(recipe.by_batches(None, batches()), recipe.by_batches(gpus, batches()), ADAPTIVE)
+
+
+class Counting(optimizers.SGD):
+    """Counts its updates, as a Python number, and slows down by it."""
+
+    def __init__(self) -> None:
+        super().__init__(RATE)
+        self.calls = 0
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        self.calls += 1
+        super().apply([g / self.calls for g in grads], trainable_variables)
+
+
+class FixedRate(optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step: Any) -> Any:
+        return 0.1
+
+
+# Optimizers, and whether all their code is Keras's own.
+OWN_CODE = {
+    "keras": (
+        lambda: optimizers.LossScaleOptimizer(optimizers.Adam(optimizers.schedules.ExponentialDecay(1, 2, 3))),
+        True,
+    ),
+    "multi": (shared_out, True),
+    "subclass": (Counting, False),
+    "inner": (lambda: optimizers.LossScaleOptimizer(Counting()), False),
+    "listed": (
+        lambda: optimizers.MultiOptimizer(optimizers.OptimizerMap(optimizers.SGD(), {".*hidden.*": Counting()})),
+        False,
+    ),
+    "schedule": (lambda: optimizers.SGD(FixedRate()), False),
+    "inner schedule": (lambda: optimizers.LossScaleOptimizer(optimizers.SGD(FixedRate())), False),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "own"), OWN_CODE.values(), ids=OWN_CODE.keys())
+def test_gpus_each_run_an_optimizer_only_where_all_its_code_is_keras_own(optimizer: Any, own: bool) -> None:
+    parallel = fastdp.wrap(build(), gpus=2)
+    parallel.compile(optimizer(), "mse")
+    parallel.train_on_batch(**batches()[0])
+    program, gpus = parallel.engine.program, [SimpleNamespace(on_gpu=True)] * 2
+    assert program.update_is_ours is own
+    assert update_mode(program, Options(), gpus) == ("each" if own else "first")
+    assert update_mode(program, Options(update="each"), gpus) == "each"
+    assert update_mode(program, Options(), [SimpleNamespace(on_gpu=False)] * 2) == "first"
+
+
+def test_an_optimizer_that_counts_in_python_equals_one_device(twins: Any, same: Any) -> None:
+    recipe = twins(build, by(Counting))
+    same(recipe.by_batches(None, batches()), recipe.by_batches(3, batches()), ADAPTIVE)

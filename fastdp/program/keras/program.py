@@ -330,6 +330,8 @@ class KerasProgram(Program):
         """Whether optimizer, learning rate and constraints are Keras's own."""
         return self._update.is_reliable
 
+    update_is_ours = update_is_reliable
+
     def leave_gradients(self, engine: Engine) -> None:
         """After a training step, leave its gradients on the template's variables, as Keras's trainer does.
 

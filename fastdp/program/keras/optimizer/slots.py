@@ -138,6 +138,14 @@ def chain(optimizer: Any) -> list[Any]:
     return [optimizer] if inner is None else [optimizer, *chain(inner)]
 
 
+def within(optimizer: Any) -> list[Any]:
+    """The optimizer and all that it holds, as attributes or in lists: also those that `chain` does not go through."""
+    held = [
+        one for value in vars(optimizer).values() for one in (value if isinstance(value, list | tuple) else [value])
+    ]
+    return [optimizer, *(one for inner in held if isinstance(inner, optimizers.Optimizer) for one in within(inner))]
+
+
 def why_not_now(optimizer: Any) -> str:
     """Why the current settings need an update per variable; empty if they do not. Settings may change at any time."""
     innermost = chain(optimizer)[-1]

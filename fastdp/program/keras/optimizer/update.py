@@ -19,6 +19,7 @@ from fastdp.program.keras.optimizer.slots import (
     slots_of,
     why_not_in_parts,
     why_not_now,
+    within,
 )
 from fastdp.program.keras.random.step_draws import StepDraws
 from fastdp.program.keras.variables import ReplicaState
@@ -49,6 +50,7 @@ class OptimizerUpdate:
         self._trainable = list(trainable)
         self._draws = draws
         self._layout = slots_of(optimizer, trainable)
+        self._optimizers = [] if optimizer is None else within(optimizer)
         self.in_parts = in_parts and optimizer is not None and bool(trainable)
         self._parts: SlotParts | None = None
         self.slots = self._layout.order
@@ -96,9 +98,9 @@ class OptimizerUpdate:
 
     @property
     def is_reliable(self) -> bool:
-        """Whether optimizer, learning rate and constraints are Keras's own."""
-        rate = getattr(self._optimizer, "_learning_rate", None)
-        parts = [self._optimizer, rate, *(v.constraint for v in self._trainable)]
+        """Whether all optimizers, learning rates and constraints are Keras's own."""
+        rates = (getattr(one, "_learning_rate", None) for one in self._optimizers)
+        parts = [*self._optimizers, *rates, *(v.constraint for v in self._trainable)]
         return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
 
     def flat(self, memory: Memory, device: QueueDevice, rank: int) -> FlatUpdate | None:
