@@ -37,6 +37,7 @@ def test_sources_of_a_block_are_freed_at_its_end():
 
 
 def test_sources_that_belong_to_an_owner_go_with_it():
+    gc.collect()  # sources of what other tests have left
     owner, before = Owner(), kept()
     with Sources() as sources:
         double()
