@@ -26,8 +26,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.library import custom_op
 
+from fastdp.tensors.at_once import is_small
 from fastdp.tensors.rnn_layer import rnn_layer, rnn_layer_backward
-from fastdp.tensors.row_parts import is_small
 from fastdp.tensors.threads import intra_op_threads
 
 _LSTM = 2  # ATen's number for LSTM among its kinds of recurrent networks

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdp.tensors.row_parts import at_once, is_small, parts_of
+from fastdp.tensors.at_once import at_once, is_small, parts_of
 
 _AXES = (1, -2, -2)  # the rows of x or outputs, of h, and of c
 

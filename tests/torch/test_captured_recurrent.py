@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import fastdp
 from fastdp.capture.graph import recurrent  # noqa: F401  registers the operations
-from fastdp.tensors import rnn_layer, row_parts
+from fastdp.tensors import at_once, rnn_layer
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 
@@ -67,10 +67,10 @@ def test_captured_steps_of_an_lstm_train_as_plain_torch(options, precision):
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}])
 def test_rows_in_parts_train_as_plain_torch(options, monkeypatch):
-    monkeypatch.setattr(row_parts, "LEAST_ROWS", 1)
-    monkeypatch.setattr(row_parts, "LEAST_WORK", 1)
-    counts, at_once, cores = [], rnn_layer.at_once, torch.get_num_threads()
-    monkeypatch.setattr(rnn_layer, "at_once", lambda f, count, **o: counts.append(count) or at_once(f, count, **o))
+    monkeypatch.setattr(at_once, "LEAST_ROWS", 1)
+    monkeypatch.setattr(at_once, "LEAST_WORK", 1)
+    counts, original, cores = [], rnn_layer.at_once, torch.get_num_threads()
+    monkeypatch.setattr(rnn_layer, "at_once", lambda f, count, **o: counts.append(count) or original(f, count, **o))
     torch.manual_seed(0)
     module, x, y = Reader(**options), torch.randn(4, 7, 5, 3), torch.randint(0, 2, (4, 7))
     plain = copy.deepcopy(module)

@@ -10,6 +10,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from fastdp.program.keras.replica import running
+from fastdp.tensors.forward_mode import WHY_REFUSED
 from fastdp.tensors.row_effects import NotByRowsError
 
 
@@ -20,11 +21,7 @@ def refused_on_replicas(original: Callable[..., Any]) -> Callable[..., Any]:
     def begin(*args: Any, **kwargs: Any) -> Any:
         state = running()
         if state is not None and state.is_among_others:
-            raise NotByRowsError(
-                "Forward-mode derivatives (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad) work for one "
-                "thread of a process at a time, so they cannot be part of what several devices run. Use "
-                "torch.func.vjp or jacrev, or torch.autograd.functional.jvp; or use gpus=[0]."
-            )
+            raise NotByRowsError(f"{WHY_REFUSED}; or use gpus=[0].")
         return original(*args, **kwargs)
 
     return begin

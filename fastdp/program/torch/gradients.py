@@ -15,6 +15,7 @@ from fastdp.buffers import FlatBuffers
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.arrays import settle
+from fastdp.tensors.forward_mode import WHY_REFUSED
 from fastdp.tensors.function_mode import Handler, keeps_mode, plain
 from fastdp.tensors.gradient_buckets import GradientBuckets, dense
 
@@ -247,10 +248,7 @@ def _forward_mode(running: ReplicaContext, function: Callable[..., Any], args: A
         NotImplementedError: always. Replicas at the same time would take or end each other's levels.
     """
     raise NotImplementedError(
-        "Forward-mode derivatives (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad) work for one thread of "
-        "a process at a time, so they cannot be part of what several devices run. Use torch.func.vjp or jacrev, or "
-        "torch.autograd.functional.jvp, inside of forward; or compute them outside of it, by model.module; or use "
-        "gpus=[0]."
+        f"{WHY_REFUSED}, inside of forward; or compute them outside of it, by model.module; or use gpus=[0]."
     )
 
 

@@ -13,7 +13,7 @@ from fastdp.comm.context import Context
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
 from fastdp.runtime.host.job_threads import JobThreads
-from fastdp.tensors import recurrent_ops, rnn_layer, row_parts
+from fastdp.tensors import at_once, recurrent_ops, rnn_layer
 
 L = keras.layers
 ROWS, STEPS, FEATURES, UNITS = 5, 7, 3, 4
@@ -241,12 +241,12 @@ def test_without_onednn_the_scan_takes_its_place(counted, monkeypatch):
 def in_three_parts(monkeypatch):
     """Rows are cut into three parts, however few they are. Gives the number of parts of each computation."""
     counts, before = [], torch.get_num_threads()
-    monkeypatch.setattr(row_parts, "LEAST_ROWS", 1)
-    monkeypatch.setattr(row_parts, "LEAST_WORK", 1)
+    monkeypatch.setattr(at_once, "LEAST_ROWS", 1)
+    monkeypatch.setattr(at_once, "LEAST_WORK", 1)
 
     def noting(function, count, **options):
         counts.append(count)
-        return row_parts.at_once(function, count, **options)
+        return at_once.at_once(function, count, **options)
 
     monkeypatch.setattr(rnn_layer, "at_once", noting)
     torch.set_num_threads(3)
@@ -257,7 +257,7 @@ def in_three_parts(monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=["-".join(options) or "plain" for options in OPTIONS[:4]])
 @pytest.mark.parametrize("mask", ["none", "left"])
 def test_rows_in_parts_give_what_all_rows_give(mask, options, in_three_parts, monkeypatch):
-    monkeypatch.setattr(row_parts, "_THREADS", JobThreads(2, "fastdp-rows"))  # fewer threads than parts
+    monkeypatch.setattr(at_once, "_THREADS", JobThreads(2, "fastdp-rows"))  # fewer threads than parts
     layer = randomized(L.LSTM(UNITS, **options))
     compare(layer, MASKS[mask], states=2)
     compare(layer, MASKS[mask], training=False)

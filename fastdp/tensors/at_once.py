@@ -1,4 +1,4 @@
-"""Parts of an operation's rows that are computed at once, each on one core, in place of one operation on several.
+"""Computes parts of an operation's rows at once, each on one core, in place of one operation on several.
 
 A recurrent layer's threads would meet at every time step. There they lose more than they bring, and where other work
 takes one of the cores, each meeting waits for it. Parts of the rows meet once.
@@ -6,9 +6,8 @@ takes one of the cores, each meeting waits for it. Parts of the rows meet once.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -50,12 +49,12 @@ def at_once(function: Callable[[int], Result], count: int, *, one_core: bool = T
         one_core: whether a single one has one core too; else it has all.
     """
     if count == 1:
-        with _ONE_CORE if one_core else nullcontext():
+        with _one_core() if one_core else nullcontext():
             return [function(0)]
     found: dict[int, Result] = {}
 
     def compute(part: int) -> None:
-        with _ONE_CORE:
+        with _one_core():
             found[part] = function(part)
 
     end_pool()  # helpers of OpenMP that wait awake for this thread's next operation would hold the other cores
@@ -63,20 +62,16 @@ def at_once(function: Callable[[int], Result], count: int, *, one_core: bool = T
     return [found[part] for part in range(count)]
 
 
-class _OneCore:
+_set_cores: Callable[[int], object] = openmp("omp_set_num_threads") or torch.set_num_threads
+_get_cores: Callable[[], int] = openmp("omp_get_max_threads") or torch.get_num_threads
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
     """OpenMP uses one core in this thread. Torch's own setting would be one of the process, which others read."""
-
-    def __init__(self) -> None:
-        self._set: Callable[[int], object] = openmp("omp_set_num_threads") or torch.set_num_threads
-        self._get: Callable[[], int] = openmp("omp_get_max_threads") or torch.get_num_threads
-        self._before = threading.local()
-
-    def __enter__(self) -> None:
-        self._before.cores = self._get()
-        self._set(1)
-
-    def __exit__(self, *error: object) -> None:
-        self._set(self._before.cores)
-
-
-_ONE_CORE = _OneCore()
+    before = _get_cores()
+    _set_cores(1)
+    try:
+        yield
+    finally:
+        _set_cores(before)
