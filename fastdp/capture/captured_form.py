@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from fastdp.capture.cuda_graphs.recording import Graphs, Recording
 from fastdp.capture.faults import Attempt
+from fastdp.capture.graph.products import Product
 from fastdp.capture.pure_step import ReplicaTensors
 from fastdp.comm.context import Context
 
@@ -48,8 +49,11 @@ class CapturedForm(ABC):
             self.disagreed = self.disagreed or f"an error ({attempt.why})"
 
     @abstractmethod
-    def to_compile(self) -> list[GraphModule]:
+    def to_compile(self, onednn_is_faster: Callable[[Product], bool]) -> list[GraphModule]:
         """The graphs to compile.
+
+        Args:
+            onednn_is_faster: which matrix products on a CPU go to oneDNN.
 
         Raises:
             NotImplementedError: a graph has indices whose range fastdp does not know.

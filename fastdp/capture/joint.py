@@ -21,6 +21,7 @@ from fastdp.capture.graph.indices import guarded
 from fastdp.capture.graph.ownership import separated
 from fastdp.capture.graph.partition import partition
 from fastdp.capture.graph.passes import optimized
+from fastdp.capture.graph.products import Product
 from fastdp.capture.graph.rewrites import for_compiler
 from fastdp.capture.pure_step import Draws, PureFunction
 from fastdp.capture.trace import GivenDraws, RecordedDraws, as_traced, graph_of
@@ -164,9 +165,9 @@ class CapturedJoint(CapturedForm):
             found = iter(passes.backward(*needed, *(tangent.contiguous() for tangent in tangents)))
         return [next(found) if there else None for there in self._has_gradient]
 
-    def to_compile(self) -> list[GraphModule]:
+    def to_compile(self, onednn_is_faster: Callable[[Product], bool]) -> list[GraphModule]:
         """As `CapturedForm.to_compile`: forward and backward."""
-        return [for_compiler(guarded(graph)) for graph in self._graphs]
+        return [for_compiler(guarded(graph), onednn_is_faster) for graph in self._graphs]
 
     def checked(self, runs: Sequence[Run]) -> Passes:
         """As `CapturedForm.checked`."""

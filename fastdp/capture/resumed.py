@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fastdp.capture import product_times
 from fastdp.capture.shapes import CapturedT, Shape
 from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.steps import Captures
@@ -40,7 +41,8 @@ class ResumedCaptures(Captures[CapturedT]):
             self._collect()
         found = "" if self._step.why_never() or self._own_code() else self._refused
         shapes = [state_of(shape) for shape in self._shapes.values()]
-        return {"mode": self._mode, "refused": found, "changes": self._changes, "shapes": shapes}
+        known = {"refused": found, "changes": self._changes, "products": product_times.state_dict()}
+        return {"mode": self._mode, "shapes": shapes, **known}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next step of each shape run as it would have where `state_dict` was called."""
@@ -50,6 +52,7 @@ class ResumedCaptures(Captures[CapturedT]):
         if state["mode"] == self._mode:
             self._refused, self._changes = self._refused or state["refused"], state["changes"]
             self._saved = {shape["name"]: shape for shape in state["shapes"]}
+            product_times.load_state_dict(state.get("products", {}))  # earlier versions have not written it
 
     def _begin(self, shape: Shape[CapturedT], context: Context) -> None:
         """Give a new shape the form that it had in the run that goes on. If that fails, it begins anew."""

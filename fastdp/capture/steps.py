@@ -30,6 +30,7 @@ from typing import Any, Generic
 
 import torch
 
+from fastdp.capture import product_times
 from fastdp.capture.compile.compiler import BackgroundCompiler, CompileError, missing_compiler
 from fastdp.capture.compile.niceness import SHARING, YIELDING
 from fastdp.capture.cuda_graphs.recorder import Recorder
@@ -190,9 +191,8 @@ class Captures(Dealing, Generic[CapturedT]):
             return None
         keys = [key_of(context, self._step) for context in contexts]
         shapes = [self._shapes[key] for key in keys if key in self._shapes]
-        found = None
-        if not why_not and len(shapes) == len(contexts):
-            found = self._step_graphs.find(recordings_of(shapes))
+        whole = not why_not and len(shapes) == len(contexts)
+        found = self._step_graphs.find(recordings_of(shapes)) if whole else None
         for shape in {id(shape): shape for shape in shapes}.values():
             shape.ran_step_graph = found is not None
             shape.step_graph_steps += found is not None
@@ -327,8 +327,7 @@ class Captures(Dealing, Generic[CapturedT]):
                 sources.belong_to(shape.captured)
                 shape.captured.checks = self._checks
         if attempt.error is None:
-            # A shape that has trained for several steps is recorded at once (see `_collect`).
-            shape.since, shape.why = min(shape.steps, 1), ""
+            shape.since, shape.why = min(shape.steps, 1), ""  # recorded at once if it has trained (see `_collect`)
             lone = self._mode == "auto" and self._no_compiler and self._recorder is None and not self._deterministic
             if lone and self._checks and shape.captured is not None:
                 shape.trial = SpeedTrial(shape.captured, None, eager=True)
@@ -341,7 +340,8 @@ class Captures(Dealing, Generic[CapturedT]):
         """Submit a captured step to the compiler. If that fails, warn and compile nothing from then on."""
         with Attempt() as attempt, Sources():
             cores = max(1, given_cores() // min(self._deal.parts, rows.total))  # of one replica while the others run
-            shape.jobs = [self._compiler.submit(graph, cores) for graph in captured.to_compile()]
+            is_faster = product_times.never if self._deterministic else product_times.measured(cores)
+            shape.jobs = [self._compiler.submit(graph, cores) for graph in captured.to_compile(is_faster)]
             shape.why = "being compiled"
         if attempt.error is not None:
             self._give_up_compiling(attempt.why)

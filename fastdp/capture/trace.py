@@ -28,6 +28,7 @@ from fastdp.capture.faults import Compiled
 from fastdp.capture.graph.functional import without_writes
 from fastdp.capture.graph.indices import guarded
 from fastdp.capture.graph.passes import in_place, optimized, refuse_writes, stored, writes
+from fastdp.capture.graph.products import Product
 from fastdp.capture.graph.rewrites import for_compiler
 from fastdp.capture.graph.segments import Segments, cut, placed, whole
 from fastdp.capture.pure_step import Draw, OutcomeForm, OutcomeT, PureStep, ReplicaTensors
@@ -135,9 +136,10 @@ class Captured(CapturedForm, Generic[OutcomeT]):
         """The number of draws of a step."""
         return len(self._draws)
 
-    def to_compile(self) -> list[GraphModule]:
+    def to_compile(self, onednn_is_faster: Callable[[Product], bool]) -> list[GraphModule]:
         """The graph to compile: as `CapturedForm.to_compile`."""
-        return [for_compiler(guarded(self.graph) if self._home.type == "cpu" else self.graph)]
+        graph = guarded(self.graph) if self._home.type == "cpu" else self.graph
+        return [for_compiler(graph, onednn_is_faster)]
 
     def checked(self, runs: Sequence[Run]) -> Run:
         """As `CapturedForm.checked`."""

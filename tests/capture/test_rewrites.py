@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastdp.capture.graph.passes import optimized, stored
 from fastdp.capture.graph.rewrites import for_compiler
+from fastdp.capture.product_times import never
 
 F = torch.nn.functional
 aten = torch.ops.aten
@@ -66,7 +67,7 @@ def test_pools_side_by_side_become_elementwise_with_the_same_gradients(shape, wi
     x = images(*shape)
     gradient = images(*shape[:2], shape[2] // window[0], shape[3] // window[1], seed=1)
     module = optimized(traced(pooled(window), x, gradient))
-    made = for_compiler(module)
+    made = for_compiler(module, never)
     assert not any("max_pool2d" in name for name in targets(made))
     x[0, 0, 1, :2] = float("nan")
     with torch.no_grad():
@@ -77,13 +78,13 @@ def test_pools_side_by_side_become_elementwise_with_the_same_gradients(shape, wi
 def test_other_pools_stay_as_they_are(window, stride, padding):
     x = images(2, 3, 8, 8)
     rows = aten.max_pool2d_with_indices(x, window, stride, padding)[0].shape
-    made = for_compiler(optimized(traced(pooled(window, stride, padding), x, images(*rows, seed=1))))
+    made = for_compiler(optimized(traced(pooled(window, stride, padding), x, images(*rows, seed=1))), never)
     assert targets(made)["aten.max_pool2d_with_indices_backward.default"] == 1
 
 
 def test_a_pool_whose_places_are_looked_at_stays():
     x = images(2, 3, 8, 8)
-    made = for_compiler(optimized(traced(lambda x: list(aten.max_pool2d_with_indices(x, [2, 2], [2, 2])), x)))
+    made = for_compiler(optimized(traced(lambda x: list(aten.max_pool2d_with_indices(x, [2, 2], [2, 2])), x)), never)
     assert targets(made)["aten.max_pool2d_with_indices.default"] == 1
 
 
@@ -95,7 +96,7 @@ def test_products_that_only_go_to_a_buffer_are_written_there():
         alone, read = torch.mm(a, b), torch.mm(a, b * 2)
         return [alone, read, read.sum()]
 
-    made = for_compiler(stored(optimized(traced(function, a, b, *buffers)), 2))
+    made = for_compiler(stored(optimized(traced(function, a, b, *buffers)), 2), never)
     assert targets(made)["fastdp.mm_into.default"] == 1, "the second product is read once more"
     (total,) = made(a, b, *buffers)
     same(buffers, [torch.mm(a, b), torch.mm(a, b * 2)])

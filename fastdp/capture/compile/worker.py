@@ -22,15 +22,12 @@ from torch._inductor.exc import InductorError
 
 from fastdp import private_files
 from fastdp.capture.compile.niceness import YIELDING
-from fastdp.capture.graph import recurrent, rewrites
+from fastdp.capture.graph import products, recurrent
 from fastdp.capture.graph.serialize import from_bytes, is_deterministic
 from fastdp.tensors import recurrent_ops
 
-OWN_OPERATIONS = (
-    rewrites,
-    recurrent,
-    recurrent_ops,
-)  # importing the modules registers operations that graphs may contain
+# Importing the modules registers operations that graphs may contain.
+OWN_OPERATIONS = (products, recurrent, recurrent_ops)
 
 
 def main(graph: str, artifact: str, threads: str, cores: str) -> None:

@@ -1,4 +1,4 @@
-"""Replaces operations of a graph on a CPU by cheaper ones that give the same bits.
+"""Replaces operations of a graph on a CPU by cheaper ones that give the same bits, and products by oneDNN's.
 
 For every replay:
 
@@ -7,6 +7,7 @@ For every replay:
 Before TorchInductor compiles a graph (it fuses elementwise work well and leaves matrix products to their library):
 
 - A product that goes only to a gradient buffer would be computed elsewhere and copied: it is written there directly.
+- Products for which oneDNN is faster than torch's BLAS are given to it. They alone get other bits.
 - The gradient of pooling without overlapping windows would scatter: the number of each window's largest entry is kept
   instead, which makes the gradient elementwise.
 """
@@ -20,25 +21,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from fastdp.capture.graph.products import Product, onednn_products, products_in_place
+
 aten = torch.ops.aten
 _FUSED = torch.ops.mkldnn._convolution_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
-# Not torch.library.custom_op: its autograd layers take longer than a small product.
-_LIBRARY = torch.library.Library("fastdp", "FRAGMENT")
-_LIBRARY.define("mm_into(Tensor(a!) out, Tensor a, Tensor b) -> ()")
-
-
-def _mm_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Write the matrix product of a and b to `out`, which has the product's shape and dtype."""
-    torch.mm(a, b, out=out)
-
-
-_LIBRARY.impl("mm_into", _mm_into, "CPU")
-_LIBRARY.impl("mm_into", lambda out, a, b: None, "Meta")
-
-
-def for_compiler(module: GraphModule) -> GraphModule:
+def for_compiler(module: GraphModule, onednn_is_faster: Callable[[Product], bool]) -> GraphModule:
     """A copy of a graph made by `passes.stored`, rewritten for TorchInductor.
 
     Nodes have fake values as `meta["val"]`; nodes created here have none.
@@ -46,7 +35,8 @@ def for_compiler(module: GraphModule) -> GraphModule:
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     if _on_cpu(graph):
-        _products_in_place(graph)
+        products_in_place(graph)
+        onednn_products(graph, onednn_is_faster)
         _pools_without_scatter(graph)
         graph.eliminate_dead_code()
     return GraphModule(module, graph)
@@ -55,17 +45,6 @@ def for_compiler(module: GraphModule) -> GraphModule:
 def _on_cpu(graph: Graph) -> bool:
     """Whether all of a graph's inputs are in host memory."""
     return all(_value(node).device.type == "cpu" for node in graph.find_nodes(op="placeholder"))
-
-
-def _products_in_place(graph: Graph) -> None:
-    """Write products that are only copied to a buffer directly to that buffer."""
-    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
-        buffer, product = node.args
-        if isinstance(product, Node) and product.target is aten.mm.default and len(product.users) == 1:
-            with graph.inserting_before(node):
-                graph.call_function(torch.ops.fastdp.mm_into.default, (buffer, *product.args))
-            graph.erase_node(node)
-            graph.erase_node(product)
 
 
 def fuse_convolutions(graph: Graph) -> None:
