@@ -118,6 +118,14 @@ class Reach:
         """Whether this object is an input of the graph."""
         return id(value) in self._inputs
 
+    def cannot_follow(self, why: str) -> None:
+        """Called at what may change unseen. A subclass that need not see everything does nothing here.
+
+        Raises:
+            NotCapturable: always.
+        """
+        raise NotCapturable(why)
+
     def walk(self, value: Any, what: str) -> None:
         """Watch the contents of a value. The caller watches that the place keeps the same value.
 
@@ -143,7 +151,7 @@ class Reach:
         elif isinstance(value, property):
             self.walk(value.fget, what)
         elif isinstance(value, (contextvars.ContextVar, threading.local)):
-            raise NotCapturable(f"{what}, a context variable, whose value the caller of each step sets")
+            self.cannot_follow(f"{what}, a context variable, whose value the caller of each step sets")
         elif isinstance(value, type):
             self._class(value)
         elif isinstance(value, _CONTAINERS):
@@ -189,9 +197,9 @@ class Reach:
         rules = self._rules
         what = rules.name_of(value, what)
         if libraries.is_moved_by_reading(value) and not rules.is_own(type(value)):
-            raise NotCapturable(f"{what}, an iterator: a trace would read from it too")
+            self.cannot_follow(f"{what}, an iterator: a trace would read from it too")
         if libraries.is_opaque(value) and not isinstance(value, _CONTAINERS):
-            raise NotCapturable(f"{what}, an object of class {type(value).__name__}, which may change unseen")
+            self.cannot_follow(f"{what}, an object of class {type(value).__name__}, which may change unseen")
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             self.mapping(attributes, self._read(attributes, rules.read_names(value, attributes)), what)
@@ -246,7 +254,7 @@ class Reach:
         code, known = function.__code__, function.__globals__
         loaded = global_names(code)
         if "eval" in loaded or "exec" in loaded:
-            raise NotCapturable(f"eval() or exec() in {function.__qualname__}(), which may read anything")
+            self.cannot_follow(f"eval() or exec() in {function.__qualname__}(), which may read anything")
         if "globals" in loaded:
             loaded |= set(strings_in_code(code))
         named = sorted(loaded & known.keys())

@@ -180,6 +180,7 @@ class CallProgram(KerasProgram):
 
     def effects_of(self, layer: Any) -> LayerEffects:
         """Make the record of how calls of a layer depend on rows."""
+        self.later.is_active = True
         return LayerEffects(layer, self.variables, lambda x, training: layer(x, training=training), self.seed)
 
     def knows(self, variables: Sequence[keras.Variable]) -> bool:
@@ -203,7 +204,7 @@ class CallProgram(KerasProgram):
         inputs = _leaves(rows, work.rows_want, context.torch_device)
         shared = _leaves(work.shared, work.shared_want, context.torch_device)
         run = self.running_replica(context, effects=work.effects)
-        weights = set(map(id, work.weights))
+        weights, versions = set(map(id, work.weights)), self.later.versions(state.mapping)
         tracing = torch.set_grad_enabled(work.differentiable)
         named = IndicesNamed(
             partial(self._on_rows, state, work, rows, shared, context), context.rows.start, context.rows.stop
@@ -219,6 +220,7 @@ class CallProgram(KerasProgram):
             y = work.call(inputs, shared)
             losses = work.effects.contributions(scope.losses, context)
         keep_values(run, scope, state.mapping)
+        self.later.check(context, state.mapping, versions)
         form, found, numbers = OutputForm.of(y)
         outputs, structure = flatten_outputs(found)
         if context.index == 0:

@@ -35,12 +35,14 @@ from fastdp.program.keras.prepared_rows import PreparedRows
 from fastdp.program.keras.random.step_draws import StepDraws
 from fastdp.program.keras.replica import ReplicaContext, keras_device
 from fastdp.program.keras.rows.known_layers import has_known_regularizers, keeps_rows_apart
+from fastdp.program.keras.rows.later import LaterWrites
 from fastdp.program.keras.rows.policy import ModelEffects, Policy
 from fastdp.program.keras.rows.probe import Effects
 from fastdp.program.keras.running import Running
 from fastdp.program.keras.step_sums import Notes, StepSums, Summed
 from fastdp.program.keras.training_loss import TrainingLoss
 from fastdp.program.keras.variables import AdoptedVariables, ReplicaState, adopted, variables_of
+from fastdp.program.keras.weight_hooks import WeightHooks
 from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Deal
 from fastdp.tensors.arrays import accumulate, settle, spec_of
@@ -104,8 +106,8 @@ class KerasProgram(Program):
         self.draws = StepDraws(moves=bool(self.effects.seeds) or not self._is_known)
         self._update = OptimizerUpdate(optimizer, self.trainable, self.draws, in_parts=in_parts)
         self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self._update.slots]
-        self._left = LeftGradients(self.trainable)
-        self.foreign = ForeignVariables()
+        self._left, self._hooks = LeftGradients(self.trainable), WeightHooks(self.trainable)
+        self.foreign, self.later = ForeignVariables(), LaterWrites(model)
         self._adopted: list[AdoptedVariables] = []
         self._captures: Captures[Captured[StepSums]] | None = None
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
@@ -187,6 +189,7 @@ class KerasProgram(Program):
         """Prepare what a step reads of the calling thread. Within `running`."""
         self.loss.prepare()
         self.draws.begin()
+        self.later.begin()
         self._autocast = Autocast.current()
 
     @property
@@ -217,9 +220,10 @@ class KerasProgram(Program):
             else:
                 # If a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
                 with state.arrivals.during(context.ready if self._groups is None else None), self._autocast.enter():
-                    nest = context.structure.pack(batch)
+                    nest, versions = context.structure.pack(batch), self.later.versions(state.mapping)
                     outcome = self.passes.train(state.mapping, nest, self.running_replica(context))
                 unused = state.arrivals.store(outcome.gradients)
+                self.later.check(context, state.mapping, versions)
         return outcome.result(state.mapping, context, self._notes(outcome, unused), self.effects)
 
     def _rows_of(self, state: ReplicaState, batch: Any, context: Context) -> tuple[Any, list[tuple[int, torch.Tensor]]]:
@@ -260,9 +264,10 @@ class KerasProgram(Program):
 
     def predict(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Run forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
-        run = self.running_replica(context, training=False)
+        run, versions = self.running_replica(context, training=False), self.later.versions(state.mapping)
         with self._autocast.enter(), RowsNamed(self, batch, context, state.mapping):
             outcome = self.passes.predict(state.mapping, context.structure.pack(batch), run)
+        self.later.check(context, state.mapping, versions)
         notes = Notes(outcome.structure, len(outcome.terms))
         return outcome.result(state.mapping, context, notes, self.forward_effects)
 
@@ -295,6 +300,8 @@ class KerasProgram(Program):
             Summed.apply(every, state.variables, totals.sums[1 + totals.notes.terms :], self._index, self.effects)
             if self.trainable and (totals.reduced or state.slots):  # without slots nothing else is to do
                 unused = frozenset.intersection(*[note.unused for note in totals.every_note])
+                if totals.reduced and self._hooks:
+                    self._hooks.run(state.gradients, unused)
                 if state is self.states.get(0):
                     self._left.note(unused)
                 found = self._update.apply(state, unused, totals)
@@ -328,7 +335,7 @@ class KerasProgram(Program):
     @property
     def update_is_reliable(self) -> bool:  # type: ignore[override]
         """Whether optimizer, learning rate and constraints are Keras's own."""
-        return self._update.is_reliable
+        return self._update.is_reliable and not self._hooks
 
     update_is_ours = update_is_reliable
 
@@ -359,6 +366,7 @@ class KerasProgram(Program):
     def inspect(self, batch: Batch, *, training: bool = True, every_row: bool = False) -> None:
         """Try how outputs and side effects depend on the rows. Called before the first steps, on the host thread."""
         effects = self.effects if training else self.forward_effects
+        effects.asked_of_every_row = every_row
         asks = effects.asks_of(batch.rows, every_row=every_row)
         if self._replicas == 1 or not (asks or effects.asks_of_size(batch.rows)):
             return
@@ -366,6 +374,7 @@ class KerasProgram(Program):
         context.device = self._adopted[0].home.device if self._adopted else None
         with keras_device(context.device), RowsNamed(self, batch, context):
             effects.inspect(batch.arrays, batch.structure, every_row=every_row)
+            self.later.tried(every_row=every_row)
             effects.check_at_size(batch.arrays, batch.structure, batch.deal(self._replicas))
 
     @property

@@ -48,6 +48,7 @@ class Running(AbstractContextManager[None]):
         try:
             self._program.draws.end(failed=kind is not None)
             self._program.foreign.end(failed=kind is not None)
+            self._program.later.end(failed=kind is not None)
         except BaseException as failure:
             self._scopes.leave(failure)
             raise

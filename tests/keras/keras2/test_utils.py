@@ -5,6 +5,7 @@ import pickle
 import keras
 import numpy as np
 import pytest
+import torch
 
 import fastdp
 from fastdp import backend as K
@@ -333,3 +334,62 @@ def test_get_layer_output_names_what_is_wrong():
         utils.get_layer_output(graph(), "joined", X)
     with pytest.raises(ValueError, match=r"x must hold the inputs \['a', 'b'\].*add \['b'\]"):
         utils.get_layer_output(graph(), "joined", {"a": X})
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"y": ["cat", "dog"]}, TypeError, r"y must hold numbers, got .*cat.*np.unique"),
+        ({"y": [0, None]}, TypeError, r"y must hold numbers, got .*: number the classes"),
+        ({"y": [[0], [1, 2]]}, ValueError, r"y must have rows of one length, got a list.*pad"),
+        ({"y": [0.5, 1.0]}, ValueError, r"y must hold whole numbers, got 0.5: round"),
+        ({"y": [np.nan, 1.0]}, ValueError, r"y must hold whole numbers, got nan"),
+        ({"y": [1j]}, TypeError, r"y must hold whole numbers, got complex128"),
+        ({"y": [2**63]}, ValueError, r"y must hold class numbers, got 9223372036854775808, which is too large"),
+        ({"y": [0, 1], "num_classes": "3"}, TypeError, r"num_classes must be a whole number or None, got '3'"),
+        ({"y": [0, 1], "num_classes": 2.5}, TypeError, r"num_classes must be a whole number or None, got 2.5"),
+        ({"y": [0, 1], "num_classes": -2}, ValueError, r"num_classes must be at least 1, got -2"),
+        ({"y": [0, 1], "dtype": "text"}, TypeError, r"dtype must be a dtype of numbers, got 'text'"),
+        ({"y": [0, 1], "dtype": object()}, TypeError, r"dtype must be a dtype of numbers"),
+        ({"y": []}, ValueError, r"num_classes must be given where y is empty"),
+        ({"y": torch.tensor([0, 5]), "num_classes": 3}, ValueError, r"y must hold class numbers from 0 to 2, got 5"),
+        ({"y": torch.tensor([0.5])}, ValueError, r"y must hold whole numbers, got 0.5"),
+    ],
+)
+def test_to_categorical_says_which_argument_is_odd_and_what_to_do(given, kind, said):
+    with pytest.raises(kind, match=said):
+        utils.to_categorical(**given)
+
+
+def test_to_categorical_takes_what_keras_2_took():
+    expected = np.eye(3, dtype="float32")[[0, 2]]
+    for y in ([0, 2], [0.0, 2.0], ["0", "2"], np.array([[0], [2]]), np.array([0, 2], object), (np.int8(0), np.int8(2))):
+        np.testing.assert_array_equal(utils.to_categorical(y), expected)
+    for count in (0, None, 3, 3.0, np.int64(3)):
+        np.testing.assert_array_equal(utils.to_categorical([0, 2], count), expected)
+    np.testing.assert_array_equal(utils.to_categorical(torch.tensor([0, 2])).numpy(), expected)
+    assert utils.to_categorical([True, False], dtype="bool").tolist() == [[False, True], [True, False]]
+    assert utils.to_categorical([], 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"x": ["a"]}, TypeError, r"x must hold numbers, got .*'a'.*convert"),
+        ({"x": [[1], [1, 2]]}, ValueError, r"x must have rows of one length"),
+        ({"x": 3.0}, ValueError, r"axis must be an axis of x, which has none: it is one number, got -1"),
+        (
+            {"x": [1.0, 2.0], "axis": 1},
+            ValueError,
+            r"axis must be an axis of x, which has 1 axes, so from -1 to 0, got 1",
+        ),
+        ({"x": torch.ones(2), "axis": 4}, ValueError, r"axis must be an axis of x.*got 4"),
+        ({"x": [1.0], "axis": "0"}, TypeError, r"axis must be a whole number, got '0'"),
+        ({"x": [1.0], "axis": (0, 1)}, TypeError, r"axis must be a whole number, got \(0, 1\)"),
+        ({"x": [1.0], "order": "two"}, TypeError, r"order must be a number.*got 'two'"),
+        ({"x": [1.0], "order": float("nan")}, TypeError, r"order must be a number.*got nan"),
+    ],
+)
+def test_normalize_says_which_argument_is_odd_and_what_to_do(given, kind, said):
+    with pytest.raises(kind, match=said):
+        utils.normalize(**given)

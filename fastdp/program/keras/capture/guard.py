@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fastdp.capture.watch import Watch
 from fastdp.program.keras import patches
-from fastdp.program.keras.capture.own_code import HOOKS
 from fastdp.program.keras.capture.reach import reach_of
 from fastdp.program.keras.program import KerasProgram
+from fastdp.program.keras.rows.known_layers import HOOKS
 
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 

@@ -9,8 +9,7 @@ import keras
 from torch.nn.modules import module as torch_module
 
 from fastdp.program.keras.program import KerasProgram
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of each layer
+from fastdp.program.keras.rows.known_layers import HOOKS
 
 
 def own_code(program: KerasProgram) -> str:

@@ -16,6 +16,7 @@ import keras
 import torch
 
 from fastdp.program.keras.optimizer.slots import chain
+from fastdp.program.keras.weight_hooks import has_hooks
 from fastdp.runtime.queue import QueueDevice
 
 
@@ -118,6 +119,8 @@ class Accumulation:
             return f"what {name} does with the gradient of an inner step is not known"
         if any(v.overwrite_with_gradient for v in self._trainable):
             return "variables are overwritten with their gradients"
+        if has_hooks(self._trainable):
+            return "weights have hooks, which run in inner steps too"
         # Constraints and EMA change the variables in inner steps too, on all replicas from the one with the optimizer.
         if any(v.constraint is not None for v in self._trainable):
             return "variables have constraints, which hold in inner steps too"

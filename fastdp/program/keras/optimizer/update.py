@@ -23,6 +23,7 @@ from fastdp.program.keras.optimizer.slots import (
 )
 from fastdp.program.keras.random.step_draws import StepDraws
 from fastdp.program.keras.variables import ReplicaState
+from fastdp.program.keras.weight_hooks import has_hooks
 from fastdp.runtime.queue import QueueDevice
 
 
@@ -67,6 +68,8 @@ class OptimizerUpdate:
             ValueError: it cannot.
         """
         why = why_not_in_parts(self._optimizer, self._layout) if self.in_parts else ""
+        if self.in_parts and has_hooks(self._trainable):
+            why = "weights have hooks (register_hook), which see whole gradients"
         if why:
             raise ValueError(
                 "`shard_optimizer` needs an optimizer that treats all elements of all variables alike, and "

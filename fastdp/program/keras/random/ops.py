@@ -21,6 +21,7 @@ from fastdp.program.keras.random.generators import CommonGenerator, is_held_by_s
 from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.shard import Rows
 from fastdp.tensors.random import global_generator, own_rows, uniform_tensor, whole_shape
+from fastdp.tensors.row_effects import NotByRowsError
 
 _NOT_BY_ROWS = "a random op that is not drawn by rows"
 SHAPED = ("normal", "uniform", "randint", "truncated_normal")
@@ -191,11 +192,7 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
             with whole_batch(state, drawing=True):
                 return original(x, axis, seed)
         if axis % x.ndim == 0:
-            if state.context.size == 1:  # a trial
-                state.made_up = True
-                with whole_batch(state, drawing=True):
-                    return original(x, axis, seed)
-            raise ValueError(
+            raise NotByRowsError(
                 "keras.random.shuffle with axis=0 would move rows between devices. Shuffle the data instead (fit "
                 "does), or use gpus=[0]."
             )

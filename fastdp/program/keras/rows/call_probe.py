@@ -8,8 +8,8 @@ so that its role is ambiguous, the two rows must also match those rows of the ou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -23,12 +23,13 @@ from fastdp.program.keras.batch import Structure, unpack
 from fastdp.program.keras.batch_norm import statistics
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.plain_outputs import is_same
-from fastdp.program.keras.replica import ReplicaContext, replica_scope
 from fastdp.program.keras.rows.at_size import differs_at_size
-from fastdp.program.keras.rows.probe import Effects, generators_kept, quiet
+from fastdp.program.keras.rows.backward import BackwardTrial, Forward
+from fastdp.program.keras.rows.probe import Effects, generators_kept
+from fastdp.program.keras.rows.written import Writes
 from fastdp.program.keras.variables import ReplicaScope
 from fastdp.shard import Rows
-from fastdp.tensors.row_effects import MIXED_TOLERANCE, Effect, classify
+from fastdp.tensors.row_effects import MIXED_TOLERANCE, Effect, Layout, classify
 
 # A call by rows: the row tensors, then the tensors that all rows share.
 RowsCall = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], Any]
@@ -110,18 +111,76 @@ class LayerEffects(Effects):
         attempt = Attempt()
         with attempt, replica_aware(), self._noting_writes() as writes:
             both, a, b = (self._on_rows(call, batch, structure, shared, *place) for place in places)
+            if writes.wrote:
+                self._written(writes, both, lambda: self._on_rows(call, batch, structure, shared, *places[0]))
         if attempt.error is not None:
             self._answer(f"it fails on a part of the rows: {_told(attempt.error)}")
             return None
-        found = writes.found()
+        why = self.refused
         self.refused = None
         self._judge(a, b, both)
-        if found is not None:
-            self._answer(
-                f"its forward pass writes the attribute {found[1]!r} of {found[0].name!r}, each time another value, "
-                "and all devices would write it at the same time"
-            )
+        if why is not None:
+            self._answer(why)
+        elif self.refused is None and torch.is_grad_enabled():
+            self._judge_backward(call, batch, structure, shared, both, start)
         return start, both
+
+    def _written(self, writes: Writes, both: _Seen, again: Callable[[], _Seen]) -> None:
+        """Refuse the call where its passes write something else each time, or do something else after a write."""
+        place, why = writes.found(), "each time another value"
+        if place is None:
+            writes.keeps = True
+            again()
+            second = again()
+            writes.keeps = False
+            same = second.moved.keys() == both.moved.keys() and _are_same(second, both)
+            place, why = writes.moved_on() if same else writes.first(), "after which the next call is another"
+            if place is None:
+                return
+        what = f"changes `{place.name}`, which lies outside of the model's layers"
+        if place.layer is not None:
+            what = f"writes the attribute {place.name!r} of {place.layer.name!r}"
+        self.refused = f"its forward pass {what}, {why}, and all devices would write it at the same time"
+
+    def _judge_backward(
+        self,
+        call: RowsCall,
+        batch: Sequence[np.ndarray],
+        structure: Structure,
+        shared: Sequence[torch.Tensor],
+        both: _Seen,
+        start: int,
+    ) -> None:
+        """Refuse the call if the gradients of two rows are not those of each, added up."""
+        effects = [*self.numbers, *self._losses] if self._losses else [*self.numbers]
+        outputs = [out for out in both.outputs if isinstance(out, torch.Tensor) and not is_number(out)]
+        layouts = [Layout(Effect.ROWS, 0, out.shape[0] // 2, True) for out in outputs]
+
+        @contextmanager
+        def run(first: int, last: int) -> Iterator[Forward]:
+            context = Context.alone(batch, structure, start + first, start + last, len(batch[0]))
+            own = {id(v) for v in self._model.variables if v.trainable and v.value.is_floating_point()}
+            mapping = [(v, t.requires_grad_(id(v) in own)) for v, t in self._copied()]
+            scope = ReplicaScope(mapping, own)
+            with self._passing(context, scope) as state:
+                rows, _, _ = unpack(structure.pack([array[start + first : start + last].copy() for array in batch]))
+                rows = [row.requires_grad_() if row.is_floating_point() else row for row in rows]
+                found = keras.tree.flatten(call(rows, [tensor.detach() for tensor in shared]))
+                tensors = [one for one in found if isinstance(one, torch.Tensor)]
+                masks = [getattr(one, "_keras_mask", None) for one in tensors]
+                tensors += [mask for mask in masks if mask is not None]
+                values = [one for one in tensors if not is_number(one)] + [one for one in tensors if is_number(one)]
+                values += [keras.ops.sum(loss) for loss in scope.losses]
+                leaves = [scope.get_current_value(v) for v, _ in mapping if id(v) in own]
+                yield ([] if state.made_up else values), leaves, [row for row in rows if row.requires_grad]
+
+        attempt = Attempt()
+        with attempt, replica_aware(), generators_kept():
+            if BackwardTrial(run, [*layouts, *map(Layout, effects)], 1, 2).differs():
+                self._answer(
+                    "its backward pass combines rows (a hook on a tensor, or the backward of an autograd.Function or "
+                    "of keras.ops.custom_gradient): the gradients of two rows are not those of each row, added up"
+                )
 
     def is_part_of(self, rows: Any, call: Callable[[], Any], batch: Sequence[np.ndarray], structure: Structure) -> bool:
         """Whether the result of `try_call` equals the same rows of the outputs of `call()` for the whole batch."""
@@ -205,10 +264,9 @@ class LayerEffects(Effects):
     ) -> _Seen:
         """Run the layer on some rows of the batch, without changing anything."""
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
-        run = ReplicaContext(context, frozen_moments=True, seed=self._seed, sites=self.sites)
-        mapping = [(v, v.value.detach()) for v in self._variables]
-        noted = self._writes.noting() if self._writes is not None else nullcontext()
-        with quiet(), noted, torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
+        mapping = self._copied()
+        scope = ReplicaScope(mapping, set())
+        with torch.no_grad(), self._passing(context, scope) as run:
             rows, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
             outputs = keras.tree.flatten(call(rows, [tensor.detach() for tensor in shared]))
             masks = [getattr(out, "_keras_mask", None) for out in outputs]
@@ -269,6 +327,14 @@ def why_not_by_rows(a: _Seen, b: _Seen, both: _Seen) -> str | None:
         if known and not is_close(torch.cat([one, other]), two):
             return "its outputs for a row depend on the other rows"
     return None
+
+
+def _are_same(one: _Seen, other: _Seen) -> bool:
+    """Whether two passes of the same rows have given the same."""
+    pairs = [*zip(one.outputs, other.outputs, strict=False), *zip(one.losses, other.losses, strict=False)]
+    pairs += [(one.moved[i], value) for i, value in other.moved.items()]
+    tensors = [pair for pair in pairs if all(isinstance(value, torch.Tensor) for value in pair)]
+    return all(x.shape == y.shape and is_close(x, y) for x, y in tensors)
 
 
 def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:

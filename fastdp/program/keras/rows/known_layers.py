@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from torch.nn.modules import module as torch_module
 
 layers = keras.layers
 # Layers whose output for a row depends on that row alone, and BatchNormalization, which fastdp runs across devices.
@@ -43,6 +44,8 @@ ROWS_APART = frozenset(
 )
 
 
+# The tables of torch's hooks of each layer, and of all modules.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ACTIVATIONS = keras.activations.relu.__module__
 # Elementwise operations between the layers of a functional model.
 _BY_NUMBER = ("Add", "Subtract", "Multiply", "Divide")
@@ -52,11 +55,23 @@ def keeps_rows_apart(model: keras.Model) -> bool:
     """Whether all parts of a model are known, so that it needs no trial. False if any part is user code or unknown."""
     graph = model._functional if type(model) is keras.Sequential else model
     # The `call` of a user's subclass may do anything.
-    if _full_name(graph) != "keras.src.models.functional.Functional" or _is_altered(model):
+    is_plain = _full_name(graph) == "keras.src.models.functional.Functional"
+    if not is_plain or _is_altered(model) or any(map(bool, global_hooks())):
         return False
     return all(
         keeps_rows_apart(part) if isinstance(part, keras.Model) else _is_known(part) for part in graph.operations
     )
+
+
+def global_hooks() -> list[Any]:
+    """The tables of torch's hooks on all modules."""
+    return [getattr(torch_module, f"_global{name}") for name in HOOKS]
+
+
+def hooks_of(model: keras.Model) -> list[int]:
+    """Identifies the hooks on a model's layers and on all modules."""
+    tables = [*(getattr(layer, name, {}) for layer in model._flatten_layers() for name in HOOKS), *global_hooks()]
+    return [id(hook) for table in tables for hook in table.values()]
 
 
 def has_known_regularizers(trainable: Sequence[keras.Variable]) -> bool:
@@ -113,7 +128,7 @@ def _is_called_plainly(layer: Any) -> bool:
 def _is_altered(layer: Any) -> bool:
     """Whether the layer object itself has a replaced `call`, torch hooks, or losses."""
     own = vars(layer)
-    hooks = any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
+    hooks = any(own.get(name) for name in HOOKS)
     return "call" in own or "__call__" in own or hooks or bool(layer._losses)
 
 

@@ -11,6 +11,7 @@ import torch
 from fastdp.program.keras.rows.probe import Trial
 from fastdp.program.keras.rows.trials import RowTrials, Verdict
 from fastdp.program.keras.rows.units import Call, Plan, Unit
+from fastdp.program.keras.rows.written import Place
 from fastdp.tensors.row_effects import Effect, Layout
 
 _MOST_PLANS = 50
@@ -142,3 +143,10 @@ def capital(text: str) -> str:
 
 def _rows(count: int) -> str:
     return "one row of the batch" if count == 1 else f"{count} rows"
+
+
+def said_of(place: Place, model: Any) -> str:
+    """The beginning of a sentence: who writes what."""
+    if place.layer is not None:
+        return f"{title(place.layer)} writes its attribute {place.name!r}"
+    return f"{title(model)} changes `{place.name}`, which lies outside of its layers,"

@@ -11,19 +11,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import running
 from fastdp.program.keras.rows.at_size import differs_at_size, model_at_size
-from fastdp.program.keras.rows.known_layers import keeps_rows_apart, why_overwritten
-from fastdp.program.keras.rows.mixing import Tried, capital, title
+from fastdp.program.keras.rows.backward import BackwardTrial
+from fastdp.program.keras.rows.known_layers import hooks_of, keeps_rows_apart, why_overwritten
+from fastdp.program.keras.rows.mixing import Tried, capital, said_of, title
 from fastdp.program.keras.rows.probe import Effects, generators_kept, unlike_rows
 from fastdp.program.keras.rows.trials import FAILURES, Verdict
 from fastdp.program.keras.rows.units import Merged, Plan, Unit
@@ -36,6 +39,10 @@ _REMEDIES = (
     'Pass rows="merge" to fastdp.wrap: it then runs on the whole batch on each device, which is exact. Or pass '
     'rows="replica": each device uses only its own rows, as in Keras 2, and results differ from one device. Or use '
     "gpus=[0]."
+)
+
+_OF_WRITES = (
+    "Return the value from call(), or keep it in a variable (self.add_weight(..., trainable=False)), or use gpus=[0]."
 )
 
 
@@ -81,6 +88,7 @@ class ModelEffects(Effects):
         self._trials = self._rows_tried = 0
         self._sizes: set[int] = set()
         self._unlike = True
+        self._looked, self._hooks = -1, list[int]()
         self.layouts, self.alone = None, False
         self.asked_of_every_row = False
 
@@ -116,10 +124,19 @@ class ModelEffects(Effects):
 
     def asks_of(self, count: int, *, every_row: bool = False) -> bool:
         """Whether `inspect` would try the model on a batch of `count` rows."""
+        self._note_hooks()
         if self._losses is None and keeps_rows_apart(self._model):
             self._losses, self._rows_tried = [], 3
         open_question = self._losses is None or self._rows_tried < min(3, count) or not self._unlike
         return count >= 2 and not self.alone and (every_row or (open_question and self._trials < _MOST_TRIALS))
+
+    def _note_hooks(self) -> None:
+        """Forget what trials have found if layers have other hooks than then."""
+        if RemovableHandle.next_id != self._looked:
+            self._looked, hooks = RemovableHandle.next_id, hooks_of(self._model)
+            if hooks and hooks != self._hooks and self._losses is not None and not self.alone:
+                self._losses, self._trials, self._rows_tried, self._sizes = None, 0, 0, set()
+            self._hooks = hooks
 
     def asks_of_size(self, count: int) -> bool:
         """Whether `check_at_size` would run the model on a batch of `count` rows."""
@@ -212,13 +229,15 @@ class ModelEffects(Effects):
         assert self._writes is not None
         self._writes.begin()
         tried = Tried(self, arrays, structure, cut)
+        if not self._writes.wrote:
+            return tried
         found = self._writes.found()
+        why = "each time another value. All devices would write it at the same time, each the value of its rows"
+        if found is None:
+            found = tried.moved_on_by(self._writes)
+            why = "after which the next pass of the same rows is another. A device would begin before or after another"
         if found is not None:
-            raise NotByRowsError(
-                f"{capital(title(found[0]))} writes its attribute {found[1]!r} in its forward pass, each time another "
-                "value. All devices would write it at the same time, each the value of its rows. Return the value from "
-                "call(), or keep it in a variable (self.add_weight(..., trainable=False)), or use gpus=[0]."
-            )
+            raise NotByRowsError(f"{capital(said_of(found, self._model))} in its forward pass, {why}. {_OF_WRITES}")
         return tried
 
     def _cannot_try(self, failed: Exception, why: str) -> None:
@@ -248,6 +267,7 @@ class ModelEffects(Effects):
         verdict = tried.verdict({})
         if verdict.is_well:
             self._keep(verdict, tried, {})
+            self._check_backward(tried, verdict, {})
             return
         repeats = tried.is_repeatable()
         plans, culprits, merged = tried.merged(verdict) if repeats else ({}, [], None)
@@ -269,12 +289,37 @@ class ModelEffects(Effects):
             self._run_alone(story if grown is None else f"{story} {tried.shapes(grown)}")
             return
         self._keep(merged, tried, plans)
+        self._check_backward(tried, merged, plans)
         if self._policy.rows is None and grown is not None:
             names = ", ".join(dict.fromkeys(title(call.operation) for call in culprits))
             self._policy.say(
                 f"fastdp: {tried.shapes(grown)} So {names} runs on the whole batch on each device, which gives the "
                 'results of one device. Pass rows="merge" to fastdp.wrap to do so without this warning.'
             )
+
+    def _check_backward(self, tried: Tried, verdict: Verdict, plans: dict[Unit, Plan]) -> None:
+        """Check that the gradients of some rows and of others add up to those of all rows.
+
+        Raises:
+            NotByRowsError: they do not, and the model cannot run on one device under this policy.
+        """
+        if not self.training or self._policy.rows == "replica":
+            return
+        layouts = [*verdict.layouts, *map(Layout, verdict.losses)]
+        run = partial(self.differentiable, tried.arrays, tried.structure)
+        try:
+            differs = BackwardTrial(run, layouts, tried.rows[0], tried.total, together=bool(plans)).differs()
+        except FAILURES:
+            return
+        if differs:
+            why = (
+                f"In the backward pass of the model {self._model.name!r} something combines the rows of the batch, as "
+                "g / ops.norm(g) or g - ops.mean(g, 0) do: a hook (register_hook), or the backward of an "
+                "autograd.Function or of keras.ops.custom_gradient. The gradients of some rows and of others do not "
+                "add up to those of all rows, and each device has only its own rows."
+            )
+            remedy = "Let it treat each row by itself, or change the gradients of the weights in the optimizer."
+            self._cannot_try(NotByRowsError(f"{why} {remedy} {_REMEDIES}"), why)
 
     def _keep(self, verdict: Verdict, tried: Tried, plans: dict[Unit, Plan]) -> None:
         """Store the verdict and the plans for the following steps."""

@@ -21,10 +21,11 @@ from fastdp.program.keras.plain_outputs import Plain
 from fastdp.program.keras.random.draw_sites import DrawSites
 from fastdp.program.keras.random.host_draws import held_generators_stay
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
+from fastdp.program.keras.rows.backward import Forward
 from fastdp.program.keras.rows.units import Call, Recorder, Unit
 from fastdp.program.keras.rows.written import Writes, writes_of
 from fastdp.program.keras.variables import Mapping, ReplicaScope
-from fastdp.tensors.row_effects import Effect, Layout, classify
+from fastdp.tensors.row_effects import Effect, Layout, NotByRowsError, classify
 
 # Returns another value of a variable for a trial, from its present value and a generator of random numbers.
 Change = Callable[[keras.Variable, torch.Tensor, torch.Generator], torch.Tensor]
@@ -154,7 +155,7 @@ class Effects:
         shifted: Sequence[int] = (),
         change: Change | None = None,
     ) -> Trial:
-        """Run the model on some rows of the batch. An error gets a note that names the trial and its number of rows.
+        """Run the model on some rows of the batch.
 
         Args:
             batch: all rows that are tried.
@@ -166,17 +167,14 @@ class Effects:
         """
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
         recorder = recorder or Recorder()
-        run = ReplicaContext(context, frozen_moments=True, seed=self._seed, sites=self.sites, units=recorder)
-        mapping = [(v, v.value.detach()) for v in self._variables]
+        mapping = self._copied()
         for i in shifted:
             mapping[i] = (mapping[i][0], mapping[i][1] + 1)
         if change is not None:
             generator = torch.Generator().manual_seed(0)
             mapping = [(v, change(v, t, generator) if t.is_floating_point() else t) for v, t in mapping]
         scope = _TrialScope(mapping, recorder)
-        held = held_generators_stay(self._model)
-        noted = self._writes.noting() if self._writes is not None else nullcontext()
-        with quiet(), _explained(stop - start), held, noted, torch.no_grad(), replica_scope(run), scope:
+        with torch.no_grad(), self._passing(context, scope, recorder) as run:
             x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
             nest = self._call(x, self.training)
             tensors, plain = split_leaves(nest)
@@ -191,6 +189,53 @@ class Effects:
                 moved[i] = value.double() - before.double()
         found = [] if run.made_up else outputs
         return Trial(losses, moved, found, recorder.calls, recorder.losses, plain=plain, nest=nest)
+
+    @contextmanager
+    def differentiable(
+        self, batch: Sequence[np.ndarray], structure: Structure, start: int, stop: int
+    ) -> Iterator[Forward]:
+        """Run the model on some rows with a graph: outputs and losses, the trainable variables, and no rows."""
+        context = Context.alone(batch, structure, start, stop, len(batch[0]))
+        trained = {id(v) for v in self._model.trainable_variables if v.value.is_floating_point()}
+        mapping = [(v, t.requires_grad_(id(v) in trained)) for v, t in self._copied()]
+        scope = ReplicaScope(mapping, trained)
+        with self._passing(context, scope) as run:
+            x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
+            tensors, _ = split_leaves(self._call(x, self.training))
+            values = [*tensors, *(keras.ops.sum(loss) for loss in scope.losses)]
+            leaves = [scope.get_current_value(v) for v, _ in mapping if id(v) in trained]
+            yield ([] if run.made_up else values), leaves, []
+
+    def _copied(self) -> Mapping:
+        """The variables with copies of their values, which code that writes in place cannot harm."""
+        return [(v, v.value.detach().clone()) for v in self._variables]
+
+    @contextmanager
+    def _passing(self, context: Context, scope: ReplicaScope, units: Any = None) -> Iterator[ReplicaContext]:
+        """Within this context a trial's pass runs. An error gets a note that names the trial and its number of rows.
+
+        Raises:
+            NotByRowsError: the pass has changed a variable in place.
+        """
+        run = ReplicaContext(context, frozen_moments=True, seed=self._seed, sites=self.sites, units=units)
+        held = held_generators_stay(self._model)
+        noted = self._writes.noting() if self._writes is not None else nullcontext()
+        given = dict(scope.state_mapping)
+        versions = {number: value._version for number, value in given.items()}
+        with quiet(), _explained(context.rows.count), held, noted, replica_scope(run), scope:
+            yield run
+        for variable in self._variables:
+            if given[id(variable)]._version != versions[id(variable)]:
+                raise changed_in_place(variable)
+
+
+def changed_in_place(variable: keras.Variable) -> NotByRowsError:
+    """The error for a variable that a forward pass has changed in place."""
+    return NotByRowsError(
+        f"The variable {variable.path!r} is changed in place in the forward pass (v.value.add_(...) and "
+        "the like), which goes past Keras and would change one device's copy by its own rows. Use "
+        "v.assign(...), v.assign_add(...), or gpus=[0]."
+    )
 
 
 def last_bits(variable: keras.Variable, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -14,6 +14,7 @@ from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.plain_outputs import check_same
 from fastdp.program.keras.rows.probe import Change, Effects, Trial, last_bits, other_weights, seed_generators
 from fastdp.program.keras.rows.units import Plan, Recorder, Unit
+from fastdp.program.keras.rows.written import Place, Writes
 from fastdp.tensors.row_effects import NOISE_FACTOR, TOLERANCE, Effect, Layout, classify, layout_of, values_agree
 
 # Effects by which values without a row axis can be combined from the replicas' values.
@@ -67,7 +68,7 @@ class RowTrials:
     """
 
     def __init__(self, effects: Effects, arrays: Sequence[np.ndarray], structure: Structure, cut: int) -> None:
-        self._effects, self._arrays, self._structure, self._cut = effects, arrays, structure, cut
+        self._effects, self.arrays, self.structure, self._cut = effects, arrays, structure, cut
         self.total = len(arrays[0])
         self.rows = cut, self.total - cut
         self.whole = self._run(arrays, 0, self.total)
@@ -79,7 +80,7 @@ class RowTrials:
     def _run(self, arrays: Sequence[np.ndarray], start: int, stop: int, **options: Any) -> Trial:
         """Run one trial. Draws outside keras.random are the same in all trials."""
         seed_generators()
-        return self._effects._try_rows(arrays, self._structure, start, stop, **options)
+        return self._effects._try_rows(arrays, self.structure, start, stop, **options)
 
     def _parts(self, plans: dict[Unit, Plan]) -> tuple[Trial, Trial]:
         """The trials of the two parts."""
@@ -89,7 +90,7 @@ class RowTrials:
         """The trial of a part. With plans a unit may fail: only one of its two values may have all rows."""
         recorder = Recorder(plans, self.whole.calls)
         try:
-            return self._run(self._arrays, start, stop, recorder=recorder)
+            return self._run(self.arrays, start, stop, recorder=recorder)
         except FAILURES:
             failed = recorder.failed
             if not plans or failed is None:
@@ -101,7 +102,7 @@ class RowTrials:
 
         `options` are those of `Effects._try_rows`. Returns None if the model fails on these.
         """
-        arrays = [array[::-1].copy() for array in self._arrays] if reverse else self._arrays
+        arrays = [array[::-1].copy() for array in self.arrays] if reverse else self.arrays
         try:
             whole = self._run(arrays, 0, self.total, **options)
             a, b = (
@@ -250,23 +251,38 @@ class RowTrials:
         if not self.is_repeatable():  # the difference would come from draws, not from rounding
             return 0.0
         if self._noisy is None:
-            self._noisy = self._run(self._arrays, 0, self.total, change=last_bits)
+            self._noisy = self._run(self.arrays, 0, self.total, change=last_bits)
         found = of(self._noisy)
         if found is None or found.shape != whole.shape or not whole.numel():
             return 0.0
         return float((found.double() - whole.double()).abs().nan_to_num(0.0, 0.0, 0.0).max())
 
+    def moved_on_by(self, writes: Writes) -> Place | None:
+        """What makes a second pass, which begins with what the first one has written, another one; None if nothing."""
+        writes.keeps = True
+        try:
+            self._run(self.arrays, 0, self.total)
+            again = self._run(self.arrays, 0, self.total)
+        finally:
+            writes.keeps = False
+            writes.take_back()
+        if again.moved.keys() != self.whole.moved.keys() or not _same(again, self.whole):
+            return writes.first()
+        return writes.moved_on()
+
     def is_repeatable(self) -> bool:
         """Whether a second run on the same rows gives the same result: all draws can be shared by devices."""
         if self._repeats is None:
-            again = self._run(self._arrays, 0, self.total)
-            pairs = [
-                *zip(again.outputs, self.whole.outputs, strict=False),
-                *zip(again.losses, self.whole.losses, strict=False),
-            ]
-            pairs += [(again.moved[i], value) for i, value in self.whole.moved.items() if i in again.moved]
-            self._repeats = all(x.shape == y.shape and values_agree(x, y) for x, y in pairs)
+            again = self._run(self.arrays, 0, self.total)
+            self._repeats = _same(again, self.whole)
         return self._repeats
+
+
+def _same(one: Trial, other: Trial) -> bool:
+    """Whether two trials of the same rows have given the same."""
+    pairs = [*zip(one.outputs, other.outputs, strict=False), *zip(one.losses, other.losses, strict=False)]
+    pairs += [(one.moved[i], value) for i, value in other.moved.items() if i in one.moved]
+    return all(x.shape == y.shape and values_agree(x, y) for x, y in pairs)
 
 
 def _entry(of: Callable[[Trial], Sequence[torch.Tensor]], i: int, trial: Trial) -> torch.Tensor | None:
