@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastdp.capture.faults import Attempt
 from fastdp.capture.graph.products import Product
 from fastdp.capture.pure_step import ReplicaTensors
 from fastdp.comm.context import Context
+from fastdp.tensors.threads import one_core
 
 Run = Callable[..., Sequence[torch.Tensor]]
 
@@ -27,14 +29,23 @@ class CapturedForm(ABC):
         runs_eagerly: it is not used for now.
         operations: their number.
         seconds: how long tracing took.
+        one_core: whether each operation on a CPU is best computed on one core (`fastdp.capture.graph.cores`).
         recordings: CUDA graphs by rank.
         meets: whether replicas meet in the middle of it, so that it is neither compiled nor recorded.
     """
 
     def __init__(self) -> None:
         self.checks, self.disagreed, self.runs_eagerly = 0, "", False
-        self.operations, self.seconds, self.meets = 0, 0.0, False
+        self.operations, self.seconds, self.meets, self.one_core = 0, 0.0, False, False
         self.recordings: dict[int, Recording] = {}
+
+    def cores(self, available: int) -> int:
+        """How many cores a compiled operation uses, with so many available to a replica."""
+        return 1 if self.one_core else max(1, available)
+
+    def on_cores(self) -> AbstractContextManager[None]:
+        """Held while a replica runs what was captured: its operations use as many cores as `cores` says."""
+        return one_core() if self.one_core else nullcontext()
 
     def compare(self, difference: Callable[[], str]) -> None:
         """Note what differs from an eager run, or that the comparison has failed.

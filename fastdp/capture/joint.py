@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from fastdp.capture.captured_form import CapturedForm, Run
 from fastdp.capture.faults import Compiled
+from fastdp.capture.graph.cores import layers_lead
 from fastdp.capture.graph.indices import guarded
 from fastdp.capture.graph.ownership import separated
 from fastdp.capture.graph.partition import partition
@@ -125,6 +126,7 @@ class CapturedJoint(CapturedForm):
         self._graphs = [parts.forward, parts.backward]
         self.given, self.shared, self._kept = parts.given, parts.shared, parts.kept
         self.passes = self._traced = Passes(parts.forward, parts.backward)
+        self.one_core = layers_lead(parts.forward.graph)
         self.operations = sum(node.op == "call_function" for graph in self._graphs for node in graph.graph.nodes)
 
     @property
@@ -146,7 +148,7 @@ class CapturedJoint(CapturedForm):
         Returns:
             The outputs, the other values, and what backward takes after the inputs `given`.
         """
-        with torch.no_grad(), as_traced():
+        with torch.no_grad(), as_traced(), self.on_cores():
             found = list(self.passes.forward(*inputs))
         results = self._outputs + self._values
         return found[: self._outputs], found[self._outputs : results], found[results:]
@@ -161,7 +163,7 @@ class CapturedJoint(CapturedForm):
             needed: the inputs `given`, then what forward has kept.
             tangents: by the outputs from which backward begins.
         """
-        with torch.no_grad(), as_traced():
+        with torch.no_grad(), as_traced(), self.on_cores():
             found = iter(passes.backward(*needed, *(tangent.contiguous() for tangent in tangents)))
         return [next(found) if there else None for there in self._has_gradient]
 

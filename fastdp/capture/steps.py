@@ -339,7 +339,7 @@ class Captures(Dealing, Generic[CapturedT]):
     def _submit(self, shape: Shape[CapturedT], captured: CapturedT, rows: Rows) -> None:
         """Submit a captured step to the compiler. If that fails, warn and compile nothing from then on."""
         with Attempt() as attempt, Sources():
-            cores = max(1, given_cores() // min(self._deal.parts, rows.total))  # of one replica while the others run
+            cores = captured.cores(given_cores() // min(self._deal.parts, rows.total))  # while the other replicas run
             is_faster = product_times.never if self._deterministic else product_times.measured(cores)
             shape.jobs = [self._compiler.submit(graph, cores) for graph in captured.to_compile(is_faster)]
             shape.why = "being compiled"

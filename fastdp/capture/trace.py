@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastdp.capture.captured_form import CapturedForm, Run
 from fastdp.capture.cuda_graphs.recording import Graphs, Recording
 from fastdp.capture.faults import Compiled
+from fastdp.capture.graph.cores import layers_lead
 from fastdp.capture.graph.functional import without_writes
 from fastdp.capture.graph.indices import guarded
 from fastdp.capture.graph.passes import in_place, optimized, refuse_writes, stored, writes
@@ -78,7 +79,7 @@ class Captured(CapturedForm, Generic[OutcomeT]):
         self.run: Any = in_place(self.graph)
         self._traced: tuple[Any, Any] | None = None  # the traced form, if `use` has replaced it
         self.operations = sum(node.op == "call_function" for node in self.run.graph.nodes)
-        self.meets = meets(self.graph.graph)
+        self.meets, self.one_core = meets(self.graph.graph), layers_lead(self.graph.graph)
         self._buckets = [bucket.arrays for bucket in step.replicas[0].gradient_buffers.buckets()]
         self._steps = self._on_every_device(sum(counts))
         self.seconds = time.perf_counter() - began
@@ -103,7 +104,7 @@ class Captured(CapturedForm, Generic[OutcomeT]):
             else:
                 buffers = compress(replica.gradients, self._has_gradient)
                 given = [*variables, *rows, *draws, *buffers]
-                with exchanging(context.exchange) if self.meets else nullcontext():
+                with exchanging(context.exchange) if self.meets else nullcontext(), self.on_cores():
                     found = self._steps[context.torch_device](given, context.ready)
         return self._form.filled(gradients, iter(found), moved)
 
@@ -122,7 +123,8 @@ class Captured(CapturedForm, Generic[OutcomeT]):
             rows = step.rows(batch, context)
             buffers = [torch.empty_like(variables[i]) for i in step.trained]
             given = [*variables, *rows, *draws, *compress(buffers, self._has_gradient)]
-            values = self._steps[context.torch_device](given, lambda bucket: None)
+            with self.on_cores():
+                values = self._steps[context.torch_device](given, lambda bucket: None)
         gradients = [buffer if there else None for buffer, there in zip(buffers, self._has_gradient, strict=True)]
         return self._form.filled(gradients, iter(values), [])
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from fastdp.runtime.host.job_threads import JobThreads, thread_count
-from fastdp.tensors.threads import end_pool, openmp
+from fastdp.tensors.threads import cores_of_parts, end_pool, openmp
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ _THREADS = JobThreads(thread_count(), "fastdp-rows")
 
 def parts_of(rows: int, work: int) -> int:
     """Into how many parts rows are cut that take `work` multiply-adds together: as many as torch has cores, at most."""
-    return max(1, min(torch.get_num_threads(), rows // LEAST_ROWS, work // LEAST_WORK))
+    return max(1, min(cores_of_parts(), rows // LEAST_ROWS, work // LEAST_WORK))
 
 
 def is_small(rows: int, units: int, gates: int = 4) -> bool:
@@ -58,7 +58,7 @@ def at_once(function: Callable[[int], Result], count: int, *, one_core: bool = T
             found[part] = function(part)
 
     end_pool()  # helpers of OpenMP that wait awake for this thread's next operation would hold the other cores
-    _THREADS.run([partial(compute, part) for part in range(count)], torch.get_num_threads())
+    _THREADS.run([partial(compute, part) for part in range(count)], cores_of_parts())
     return [found[part] for part in range(count)]
 
 

@@ -32,16 +32,18 @@ def rnn_layer(
     """Outputs, the last h and the last c, and a workspace for each part, which is empty unless it is to be kept."""
     weights = [weight.detach() for weight in weights]
     cut = [_cut(tensor, axis, parts) for tensor, axis in zip((x, h, c), _AXES, strict=True)]
+    results = x.new_empty(*x.shape[:2], h.shape[-1]), torch.empty_like(h), torch.empty_like(c)
+    places = [_cut(result, axis, parts) for result, axis in zip(results, _AXES, strict=True)]
 
     def compute(part: int) -> Any:
         of_x, of_h, of_c = (_contiguous(pieces[part]) for pieces in cut)
         with torch.set_grad_enabled(keep):
-            return torch.ops.aten.mkldnn_rnn_layer.default(of_x, *weights, of_h, of_c, *options)
+            found = torch.ops.aten.mkldnn_rnn_layer.default(of_x, *weights, of_h, of_c, *options)
+        _write(found, places, part)
+        return found[3]
 
     found = at_once(compute, parts, one_core=is_small(h.shape[-2], h.shape[-1]))
-    outputs, last_h, last_c = (_joined([one[i] for one in found], axis) for i, axis in enumerate(_AXES))
-    workspaces = [x.new_empty(0, dtype=torch.uint8) if one[3] is None else one[3] for one in found]
-    return outputs, last_h, last_c, workspaces
+    return *results, [x.new_empty(0, dtype=torch.uint8) if one is None else one for one in found]
 
 
 def rnn_layer_backward(
@@ -62,26 +64,27 @@ def rnn_layer_backward(
         options: ATen's arguments between the gradients and the workspace.
         workspaces: those of forward, one for each part.
     """
-    parts = len(workspaces)
+    parts, backward = len(workspaces), torch.ops.aten.mkldnn_rnn_layer_backward.default
     weights = [weight.detach() for weight in weights]
     axes = (*_AXES, *_AXES, *_AXES)
     cut = [_cut(tensor, axis, parts) for tensor, axis in zip((x, *states, *results, *gradients), axes, strict=True)]
+    of_inputs = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, *states)]
+    places = [_cut(gradient, axis, parts) for gradient, axis in zip(of_inputs, _AXES, strict=True)]
 
     def compute(part: int) -> Any:
         of_x, *others = (_contiguous(pieces[part]) for pieces in cut)
         with torch.no_grad():
-            return torch.ops.aten.mkldnn_rnn_layer_backward.default(of_x, *weights, *others, *options, workspaces[part])
+            found = backward(of_x, *weights, *others, *options, workspaces[part])
+        _write((found[0], *found[5:]), places, part)
+        return [weight.contiguous() for weight in found[1:5]]
 
     found = at_once(compute, parts, one_core=is_small(*states[0].shape[-2:]))
-    x_gradient, h_gradient, c_gradient = (
-        _joined([one[i] for one in found], axis) for i, axis in zip((0, 5, 6), _AXES, strict=True)
-    )
-    first, *rest = ([weight.contiguous() for weight in one[1:5]] for one in found)
+    first, *rest = found
     for one in rest:  # in the order of rows
         for total, more in zip(first[:3], one, strict=False):
             total.add_(more)
     first[3] = first[2].clone()  # both biases have one gradient, and results of an operation must not share memory
-    return x_gradient, *first, h_gradient, c_gradient
+    return of_inputs[0], *first, *of_inputs[1:]
 
 
 def _cut(tensor: Tensor | None, axis: int, parts: int) -> Sequence[Tensor | None]:
@@ -93,6 +96,9 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _joined(pieces: Sequence[Tensor], axis: int) -> Tensor:
-    """All rows, in memory of their own."""
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(list(pieces), axis)
+def _write(found: Sequence[Tensor], places: Sequence[Sequence[Tensor | None]], part: int) -> None:
+    """Write the results of a part to its places in those of all rows, which the other parts fill at once."""
+    for result, pieces in zip(found, places, strict=False):
+        place = pieces[part]
+        assert place is not None
+        place.copy_(result.detach())

@@ -51,12 +51,14 @@ end_pool = _pool_ender()
 class _Given(threading.local):
     """The number of cores that torch had on this thread before replicas ran; None while none run.
 
+    `of_parts`: the number that parts of rows may use while all other operations use one (`one_core`).
     `shared`: the number that the user has given and the share that is in its place, between the passes of a loop.
     `passes`: the passes that keep it so, by their `id`.
     """
 
     def __init__(self) -> None:
         self.cores: int | None = None
+        self.of_parts: int | None = None
         self.shared: tuple[int, int] | None = None
         self.passes: set[int] = set()
 
@@ -234,3 +236,19 @@ def intra_op_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Let each of this thread's operations use one core, and parts of rows that run at once those that torch had."""
+    before, _given.of_parts = _given.of_parts, cores_of_parts()
+    try:
+        with intra_op_threads(1):
+            yield
+    finally:
+        _given.of_parts = before
+
+
+def cores_of_parts() -> int:
+    """The cores that parts of rows may use at once on this thread."""
+    return _given.of_parts or torch.get_num_threads()

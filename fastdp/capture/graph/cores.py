@@ -1,0 +1,81 @@
+"""Tells graphs on a CPU whose operations are best computed on one core each, since recurrent layers use the cores.
+
+A recurrent layer computes parts of its rows at once, on one core each (`tensors/at_once.py`), and does nearly all the
+work of the graphs that have one. Operations on several cores beside it gain little: their helper threads are made anew
+behind each layer, since they would hold its cores otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+# The layers take at least this many times as long as all else.
+LEAD = 4
+# To read and write an element takes as long as about so many multiply-adds of a product.
+_ELEMENT = 32
+_GATES = 4  # of an LSTM
+_PASSES = 3  # multiply-adds of forward and backward, by those of forward
+_PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+_OTHER_WORK = {"convolution", "convolution_backward", "embedding_dense_backward"}
+
+
+def layers_lead(graph: Graph) -> bool:
+    """Whether recurrent layers in parts do nearly all the work of a graph. Nodes have fake values as `meta["val"]`."""
+    layers = [work for node in graph.nodes for work in _layer(node)]
+    if not layers:
+        return False
+    rest = 0
+    for node in graph.nodes:
+        name = node.target._opname if isinstance(node.target, torch._ops.OpOverload) else ""
+        if name in _OTHER_WORK or "attention" in name:
+            return False
+        if not _is_layer(node):
+            rest += _work(node)
+    return _PASSES * sum(layers) >= LEAD * rest
+
+
+def _is_layer(node: Node) -> bool:
+    names = ("lstm_onednn", "lstm_onednn_backward", "rnn_layer", "rnn_layer_backward")
+    return any(node.target is getattr(torch.ops.fastdp, name).default for name in names)
+
+
+def _layer(node: Node) -> Iterator[int]:
+    """The multiply-adds of the forward pass of a layer whose rows are in several parts, if a node is one."""
+    arguments: Any = node.args
+    if node.target is torch.ops.fastdp.lstm_onednn.default:
+        (rows, steps, features), units = _value(arguments[0]).shape, _value(arguments[1]).shape[-1]
+    elif node.target is torch.ops.fastdp.rnn_layer.default:
+        (steps, rows, features), units = _value(arguments[0]).shape, _value(arguments[5]).shape[-1]
+    else:
+        return
+    if arguments[-1] > 1:
+        yield _GATES * int(units) * int(features + units) * int(rows * steps)
+
+
+def _work(node: Node) -> int:
+    """The work of an operation, as multiply-adds."""
+    arguments: Any = node.args
+    if node.target in _PRODUCTS:
+        a, b = (_value(one).shape for one in arguments[_PRODUCTS[node.target] :][:2])
+        return math.prod(a) * b[-1]
+    value = node.meta.get("val")
+    copies = isinstance(value, torch.Tensor) and isinstance(node.target, torch._ops.OpOverload) and not _is_view(node)
+    return _ELEMENT * int(value.numel()) if copies else 0
+
+
+def _is_view(node: Node) -> bool:
+    """Whether an operation only gives another name to memory."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.returns) and schema.returns[0].alias_info is not None
+
+
+def _value(node: Node) -> Any:
+    """The fake value of a node: its shape, strides and dtype."""
+    return node.meta["val"]
