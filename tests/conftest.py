@@ -185,23 +185,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s): {why}"))
 
 
-# Modules that were loaded when the garbage collector last left out all that there was.
+# Modules that were loaded when the garbage collector last left out all that there was, and the file of the latest test.
 LEFT_OUT_AT = pytest.StashKey[int]()
+LATEST_FILE = pytest.StashKey[Path]()
 MANY_MODULES = 100
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave what lasts as long as the process out of garbage collections, once more after each large import.
+    """Leave what lasts longer than a file out of garbage collections, and look at it again after each large import.
 
     Torch, Keras and the test files are a million objects, which a full collection looks at each time: up to half a
     second, and the tests of memory ask for several each. What a test makes comes later, and is collected as ever.
+    At the beginning of a file nothing of the earlier one is in use: what is left then are tables of libraries.
     """
-    if len(sys.modules) >= item.config.stash.get(LEFT_OUT_AT, 0) + MANY_MODULES:
+    stash = item.config.stash
+    if len(sys.modules) >= stash.get(LEFT_OUT_AT, 0) + MANY_MODULES:
         gc.unfreeze()
+        stash[LEFT_OUT_AT], stash[LATEST_FILE] = len(sys.modules), Path()
+    if stash.get(LATEST_FILE, None) != item.path:
         gc.collect()
         gc.freeze()
-        item.config.stash[LEFT_OUT_AT] = len(sys.modules)
+        stash[LATEST_FILE] = item.path
     threads = sys.modules.get("fastdp.tensors.threads")
     if threads is not None:  # graphs that an earlier test has left keep torch at a device's share of the cores
         threads._given.passes.clear()
