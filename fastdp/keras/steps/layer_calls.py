@@ -13,7 +13,7 @@ from fastdp.engine.data_parallel import DataParallel
 from fastdp.errors import ReplicaError
 from fastdp.keras.steps.call_arguments import CallArguments, DealtCall, Roles
 from fastdp.keras.steps.call_bridge import on_devices
-from fastdp.keras.steps.call_checks import is_hooked, why_not_here
+from fastdp.keras.steps.call_checks import check_is_undecided, is_hooked, why_not_here
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.rows.call_probe import LayerEffects
 from fastdp.program.keras.rows.known_layers import keeps_rows_apart, why_overwritten
@@ -140,10 +140,23 @@ class LayerCalls:
             return Attempt(why_not=kind.why_not or _UNFIT_MASK, open=kind.open and kind.tries < 2)
         assert kind.effects is not None
         try:
+            try:
+                return Attempt(on_devices(self, kind.effects, dealt))
+            except (NotByRowsError, ReplicaError) as error:  # before anything was assigned
+                check_is_undecided(error)
+                if self.program.later.wrote or not self._is_alike(kind.effects, dealt):
+                    raise
+            self.program.later.tried(every_row=True)
             return Attempt(on_devices(self, kind.effects, dealt))
-        except (NotByRowsError, ReplicaError) as error:  # before anything was assigned
+        except (NotByRowsError, ReplicaError) as error:
             kind.why_not = refusal(error)
             return Attempt(why_not=kind.why_not)
+
+    def _is_alike(self, effects: LayerEffects, dealt: DealtCall) -> bool:
+        """Whether the devices' rows give what all rows of this call give."""
+        parts = dealt.batch.deal(len(self.engine.devices))
+        effects.check_at_size(dealt.on_rows, dealt.batch.arrays, dealt.batch.structure, dealt.shared, parts)
+        return effects.refused is None
 
     def note_second_gradient(self) -> None:
         """Do nothing: a step's second gradients on one device are not reported."""

@@ -218,6 +218,7 @@ class CallProgram(KerasProgram):
             named,
         ):
             y = work.call(inputs, shared)
+            branches = tuple(run.branches)
             losses = work.effects.contributions(scope.losses, context)
         keep_values(run, scope, state.mapping)
         self.later.check(context, state.mapping, versions)
@@ -238,8 +239,10 @@ class CallProgram(KerasProgram):
             leaves = [*wanted, *(scope.get_current_value(v) for v in work.weights)]
             work.ran[context.index] = _Ran(context, run, inputs, leaves, outputs, numbers, scope)
         detached = [number.detach() for number in numbers]
-        outcome = StepSums([], detached, outputs, structure, SideEffects.of(scope, state.mapping, run))
-        return outcome.result(state.mapping, context, Notes(structure, len(numbers)), work.effects)
+        side_effects = SideEffects.of(scope, state.mapping, run)
+        outcome = StepSums([], detached, outputs, structure, side_effects, branches=branches)
+        notes = Notes(structure, len(numbers), branches=self.later.asked(outcome))
+        return outcome.result(state.mapping, context, notes, work.effects)
 
     def _on_rows(
         self, state: ReplicaState, work: Forward, rows: Any, shared: Any, context: Context, start: int, stop: int

@@ -100,6 +100,7 @@ class Passes:
         leaf_ids = set(map(id, self._trainable))
         with keras_device(run.context.device), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
             y_pred, y, sample_weight, moved = self.call.of_batch(nest, training=True, prepared=prepared)
+            branches = tuple(run.branches)
             extra = self._effects.contributions(scope.losses, run.context)
             roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run, moved=moved)
             leaves = [scope.get_current_value(v) for v in self._trainable]
@@ -112,7 +113,7 @@ class Passes:
             if structure.whole and run.draws is not None:
                 raise NotCapturable("outputs that are the same for all rows")
         terms = [*terms, *(term.detach() for term in extra)]  # a new list: replicas may share the loss's own
-        return StepSums(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra))
+        return StepSums(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra), branches)
 
     def predict(self, mapping: Mapping, nest: Any, run: ReplicaContext) -> StepSums:
         """Run forward only. The terms are the contributions of `add_loss`. Arguments as for `train`."""
@@ -124,9 +125,11 @@ class Passes:
             ReplicaScope(mapping, set()) as scope,
         ):
             y_pred, y, _, moved = self.call.of_batch(nest, training=False)
+            branches = tuple(run.branches)
             extra = self._forward_effects.contributions(scope.losses, context)
         outputs, structure = _with_targets(y_pred, y if moved else None, self._forward_effects, context.rows)
-        return StepSums([], extra, outputs, structure, SideEffects.of(scope, mapping, run))
+        side_effects = SideEffects.of(scope, mapping, run)
+        return StepSums([], extra, outputs, structure, side_effects, branches=branches)
 
 
 def _with_targets(y_pred: Any, y: Any, effects: Effects, rows: Rows) -> tuple[list[torch.Tensor], OutputStructure]:

@@ -238,7 +238,8 @@ class KerasProgram(Program):
     def _notes(self, outcome: StepSums, unused: frozenset[int]) -> Notes:
         """The notes of a training step in which these trainable variables have no gradient."""
         unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen through torch
-        return Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
+        terms, ways = len(outcome.terms) - 1, self.later.asked(outcome)
+        return Notes(outcome.structure, terms, unused=unused, added=outcome.added, branches=ways)
 
     def launches(self, contexts: Sequence[Context]) -> bool:
         """Whether the replicas' steps are recorded as CUDA graphs."""
@@ -268,7 +269,7 @@ class KerasProgram(Program):
         with self._autocast.enter(), RowsNamed(self, batch, context, state.mapping):
             outcome = self.passes.predict(state.mapping, context.structure.pack(batch), run)
         self.later.check(context, state.mapping, versions)
-        notes = Notes(outcome.structure, len(outcome.terms))
+        notes = Notes(outcome.structure, len(outcome.terms), branches=self.later.asked(outcome))
         return outcome.result(state.mapping, context, notes, self.forward_effects)
 
     def running_replica(

@@ -53,6 +53,8 @@ class ReplicaContext:
 
     `placed` holds the graph of a model whose layers run on several devices of the replica, and its runner.
 
+    `branches` are the answers of tensors that the code of the forward pass has asked (`fastdp.program.keras.branches`).
+
     `waited_for` says that all other replicas wait for this one, which computes the loss of the merged outputs.
 
     `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
@@ -79,6 +81,7 @@ class ReplicaContext:
     by_loss: frozenset[int] = frozenset()
     parts: list[Any] = field(default_factory=list)
     waited_for: bool = False
+    branches: list[bool] = field(default_factory=list)
 
     @property
     def is_among_others(self) -> bool:

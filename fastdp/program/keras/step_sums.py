@@ -212,7 +212,7 @@ class Notes:
     """The layout of a step's sums, and the structure of its outputs.
 
     `sums` holds the loss, then `terms` loss terms, then the numbers of `effects`. The last `added` terms are those of
-    `add_loss`. `unused` are the positions of the trainable variables without a gradient.
+    `add_loss`. `unused` are the positions of the trainable variables without a gradient. `branches` as in `StepSums`.
     """
 
     structure: OutputStructure | None = None
@@ -220,6 +220,7 @@ class Notes:
     effects: Summed = field(default_factory=Summed)
     unused: frozenset[int] = frozenset()
     added: int = 0
+    branches: tuple[bool, ...] = ()
 
     @staticmethod
     def agree(every: Sequence[Notes]) -> None:
@@ -227,7 +228,14 @@ class Notes:
 
         Raises:
             NotByRowsError: outputs that are not tensors differ.
+            UndecidedError: the code of the forward pass has gone different ways.
         """
+        if len({notes.branches for notes in every}) > 1:
+            raise UndecidedError(
+                "The code of the forward pass asks a tensor (`if ops.max(x) > ...`), and has gone different ways on "
+                "the devices, each by its own rows. One device asks once, of all rows. Use ops.where for each row, or "
+                "gpus=[0]."
+            )
         structures = [notes.structure for notes in every if notes.structure is not None]
         if any(structure.plain for structure in structures):
             check_same([structure.plain for structure in structures], structures[0].nest)
@@ -236,7 +244,8 @@ class Notes:
 @dataclass(slots=True)
 class StepSums:
     """The result of the pure part of a step: gradients of the trainable variables (None for a variable without one),
-    the loss and its terms, outputs and masks, and side effects. The last `added` terms are those of `add_loss`."""
+    the loss and its terms, outputs and masks, and side effects. The last `added` terms are those of `add_loss`.
+    `branches` are the answers of tensors that the code of the forward pass has asked."""
 
     gradients: Sequence[torch.Tensor | None]
     terms: list[torch.Tensor]
@@ -244,6 +253,7 @@ class StepSums:
     structure: OutputStructure | None
     effects: SideEffects
     added: int = 0
+    branches: tuple[bool, ...] = ()
 
     def result(self, mapping: Mapping, context: Context, notes: Notes, effects: Effects) -> Result:
         """The replica's result: outputs as arrays, and numbers that sum up terms and side effects.

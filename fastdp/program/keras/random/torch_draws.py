@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from fastdp.program.keras.branches import READ_AS_BOOL, branch_noted
 from fastdp.tensors.function_mode import Handler
 from fastdp.tensors.random import own_rows, whole_shape
 from fastdp.tensors.random_functions import RNNS, draws_in_call, dropout_arguments
@@ -185,6 +186,7 @@ _REFUSED = (
 )
 
 HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys(READ_AS_BOOL, branch_noted),
     **dict.fromkeys(_SIZE_BEHIND, _created),
     **{getattr(torch.Tensor, name): _filled for name in _FILLS},
     **dict.fromkeys(_WITH_TENSORS, _with_tensors),

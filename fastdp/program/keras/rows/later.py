@@ -15,10 +15,12 @@ import torch
 from fastdp.comm.context import Context
 from fastdp.program.keras.rows.probe import changed_in_place
 from fastdp.program.keras.rows.reached import Record, record_of
+from fastdp.program.keras.step_sums import StepSums
 from fastdp.program.keras.variables import Mapping
 from fastdp.tensors.row_effects import UndecidedError
 
 _SMALL_NBYTES = 1 << 20  # variables that are not trained are mostly statistics and counters
+_WAYS = "which way code goes"
 _OFTEN = 2  # what trials have found harmless so often is not asked about again
 
 
@@ -49,11 +51,16 @@ class LaterWrites:
         others = [v for v in self._model.non_trainable_variables if v._value.nbytes <= _SMALL_NBYTES]
         self._kept = [(v, v._value.detach().clone()) for v in others]
 
+    @property
+    def wrote(self) -> bool:
+        """Whether the latest step has failed because it has written something."""
+        return bool(self._found)
+
     def tried(self, *, every_row: bool) -> None:
         """The model was tried. Of all rows: what this step writes is written alike by all devices."""
         self.is_active = True
-        if every_row and self._found:
-            self._harmless[self._found] += 1
+        if every_row:
+            self._harmless[self._found or _WAYS] += 1
             self._found, self._is_confirmed = "", True
 
     def versions(self, mapping: Mapping) -> list[int]:
@@ -89,6 +96,10 @@ class LaterWrites:
             "do so when fastdp tried it. All devices would change it at the same time. Return the value from call(), "
             "or keep it in a variable (self.add_weight(..., trainable=False)), or use gpus=[0]."
         )
+
+    def asked(self, outcome: StepSums) -> tuple[bool, ...]:
+        """The ways that a replica's forward pass has gone, as far as they have to be those of all replicas."""
+        return () if self._is_confirmed or self._harmless[_WAYS] >= _OFTEN else outcome.branches
 
     def end(self, *, failed: bool) -> None:
         """Take back what a step has written that has failed for it. On the host thread, when all replicas are done."""
