@@ -66,6 +66,7 @@ class Communicator(ABC):
     """
 
     _devices: Sequence[QueueDevice]
+    sums_early = True  # whether it pays to sum buckets while replicas are still at work
 
     def __init__(self, devices: Sequence[QueueDevice], choice: Choice | None = None) -> None:
         self._devices = list(devices)

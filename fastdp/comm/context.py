@@ -71,6 +71,11 @@ class Context:
         self.here = self.here or self.size
 
     @property
+    def listens(self) -> bool:
+        """Whether anybody asks for `ready`. Where nobody does, a program need not find out."""
+        return self.ready is not _not_listening
+
+    @property
     def index(self) -> int:
         """The replica's place among those of this process."""
         return self.rank - self.first

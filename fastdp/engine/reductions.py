@@ -65,7 +65,7 @@ class Reductions:
                 context.ready = listener
             return
         step.reduction = self._communicator.begin(*ends, buckets, warm=warm, scatters=scatters)
-        for context in step.contexts:
+        for context in step.contexts if self._communicator.sums_early else ():
             context.ready = partial(step.reduction.ready, context.index)
 
     def scatters(self) -> bool:

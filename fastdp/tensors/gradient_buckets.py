@@ -31,19 +31,22 @@ class GradientBuckets:
         self._views = views
         self._bucket_of = {number: i for i, bucket in enumerate(buckets) for number in bucket.arrays}
         self._sizes = [len(bucket.arrays) for bucket in buckets]
+        self._unhooked: Sequence[torch.Tensor] = ()
         self._here: list[dict[int, torch.Tensor]] = []
         self._ready: Callable[[int], None] | None = None
 
     def hook(self, leaves: Sequence[torch.Tensor]) -> None:
-        """Register hooks that pass the gradients of these leaves, in the order of the arrays, to `arrived`.
+        """Have the gradients of these leaves, in the order of the arrays, passed to `arrived` once anybody listens.
 
         For `torch.autograd.grad`, which reaches each leaf once.
         """
-        for number, leaf in enumerate(leaves if self.useful else ()):
-            leaf.register_hook(partial(self.arrived, number))
+        self._unhooked = leaves if self.useful else ()
 
     def begin(self, ready: Callable[[int], None]) -> None:
         """Begin a step that announces complete buckets by `ready`."""
+        for number, leaf in enumerate(self._unhooked):
+            leaf.register_hook(partial(self.arrived, number))
+        self._unhooked = ()
         self.stored = set()
         self._here = [{} for _ in self._sizes]
         self._ready = ready

@@ -11,6 +11,7 @@ import pytest
 
 import fastdp
 from fastdp.buffers import FlatBuffers
+from fastdp.comm.host import communicator
 from fastdp.comm.host.reduction import HostReduction
 from fastdp.comm.ready_buckets import ReadyBuckets
 from fastdp.engine import step_scope
@@ -33,8 +34,9 @@ def devices():
 
 @pytest.fixture(autouse=True)
 def _cores_to_spare(monkeypatch):
-    """The calling thread does no worker's part."""
+    """The calling thread does no worker's part, and sums during backward."""
     monkeypatch.setattr(step_scope, "CORES", 64)
+    monkeypatch.setattr(communicator, "CORES", 64)
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdp
 from fastdp.buffers import FlatBuffers
+from fastdp.comm.host import communicator
 from fastdp.comm.host.reduction import HostReduction
+from fastdp.program.torch.gradients import _Accumulated
 
 LIMIT = 20.0
 
 
 @pytest.fixture(autouse=True)
-def _three_devices():
+def _three_devices(monkeypatch):
+    monkeypatch.setattr(communicator, "CORES", 64)  # to spare
     fastdp.set_virtual_devices(3)
     yield
     fastdp.set_virtual_devices(0)
@@ -176,3 +179,31 @@ def test_a_module_that_begins_to_run_backward_inside_backward_loses_one_step_and
     assert [p.detach().numpy().tobytes() for p in module.parameters()] == before
     step(*data())
     assert [p.detach().numpy().tobytes() for p in module.parameters()] == trained(module=other, steps=3)[2]
+
+
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_where_all_cores_compute_no_bucket_is_summed_early_and_backward_calls_no_hook(monkeypatch, in_a_loop):
+    monkeypatch.setattr(FlatBuffers.buckets, "__defaults__", (4, 200))
+    told = []
+    monkeypatch.setattr(
+        _Accumulated, "accumulated", lambda self, number, parameter: told.append(threading.current_thread().name)
+    )
+
+    def run():
+        told.clear()
+        if not in_a_loop:
+            return trained()[2]
+        module = net()
+        model, optimizer = fastdp.wrap(module, gpus=3), torch.optim.SGD(module.parameters(), lr=0.1)
+        for _ in range(3):
+            x, y = data()
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        return [p.detach().numpy().tobytes() for p in module.parameters()]
+
+    want = run()
+    assert len(set(told)) == 3, "with cores to spare each device tells of its gradients"
+    monkeypatch.setattr(communicator, "CORES", 3)
+    assert run() == want
+    assert told == []

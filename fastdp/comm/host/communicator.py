@@ -25,6 +25,11 @@ class HostCommunicator(Communicator):
     Infinities and NaNs raise no warning.
     """
 
+    @property
+    def sums_early(self) -> bool:  # type: ignore[override]
+        """Whether there are cores that no replica uses. Otherwise sums during backward only hold a replica up."""
+        return CORES > len(self._devices)
+
     def send_by(self, transport: Transport | None) -> None:
         """As in `Communicator`."""
         self.transport = transport

@@ -219,7 +219,8 @@ class KerasProgram(Program):
                 unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
             else:
                 # If a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
-                with state.arrivals.during(context.ready if self._groups is None else None), self._autocast.enter():
+                ready = context.ready if context.listens and self._groups is None else None
+                with state.arrivals.during(ready), self._autocast.enter():
                     nest, versions = context.structure.pack(batch), self.later.versions(state.mapping)
                     outcome = self.passes.train(state.mapping, nest, self.running_replica(context))
                 unused = state.arrivals.store(outcome.gradients)

@@ -87,16 +87,20 @@ class Gradients:
         self._runs_once: bool | None = None
 
     @contextmanager
-    def passes(self, users: Sequence[torch.Tensor], hooked: HookedGradients | None) -> Iterator[None]:
+    def passes(
+        self, users: Sequence[torch.Tensor], hooked: HookedGradients | None, *, announces: bool
+    ) -> Iterator[None]:
         """Hold this while passes run.
 
         Args:
             users: the user's own parameters at present.
             hooked: takes the hooks of the user's parameters aside; None in a step of one replica.
+            announces: somebody wants to know of complete buckets.
         """
         self._arrivals.stored = set()
+        announces = announces and self._arrivals.useful
         if self._copies is not None:
-            self.follow(users)
+            self.follow(users, announces=announces)
             yield
             return
         self._own = users
@@ -104,7 +108,7 @@ class Gradients:
         for user in users:
             user.grad = None
         try:
-            with self._hooks_aside(hooked):
+            with self._hooks_aside(hooked, announces):
                 yield
         finally:
             for user, gradient in zip(users, before, strict=True):
@@ -114,19 +118,19 @@ class Gradients:
         """A captured step has written all gradients to the flat buffer."""
         self.present = list(self.flat)
 
-    def _hooks_aside(self, hooked: HookedGradients | None) -> AbstractContextManager[None]:
+    def _hooks_aside(self, hooked: HookedGradients | None, announces: bool) -> AbstractContextManager[None]:
         """Take the user's hooks aside, and hook the parameters to hear of their gradients."""
-        if hooked is None or not (hooked or self._arrivals.useful):
+        if hooked is None or not (hooked or announces):
             return nullcontext()
-        return hooked.aside(self._arrivals.accumulated if self._arrivals.useful else None)
+        return hooked.aside(self._arrivals.accumulated if announces else None)
 
-    def follow(self, users: Sequence[torch.Tensor]) -> None:
+    def follow(self, users: Sequence[torch.Tensor], *, announces: bool = False) -> None:
         """Clear the gradients of copies, and copy `requires_grad` from the user's parameters."""
         for i, (own, user) in enumerate(zip(self._copies or (), users, strict=self._copies is not None)):
             own.grad = None
             if own.requires_grad is not user.requires_grad:
                 own.requires_grad_(user.requires_grad)
-            if self._arrivals.useful and own.requires_grad and i not in self._hooked:
+            if announces and own.requires_grad and i not in self._hooked:
                 self._hooked.add(i)
                 own.register_post_accumulate_grad_hook(partial(self._arrivals.accumulated, i))
 
@@ -136,7 +140,7 @@ class Gradients:
 
         `direct` are the gradients that the loss function has by parameters directly, by position. They are added.
         """
-        if self._arrivals.useful and self._runs_once:
+        if self._arrivals.useful and self._runs_once and running.context.listens:
             self._arrivals.running, self._arrivals.direct = running, direct
             self._arrivals.begin(running.context.ready)
         try:

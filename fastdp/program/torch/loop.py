@@ -193,7 +193,7 @@ class LoopProgram(TorchProgram):
                 tensor.retain_grad()
         # Torch itself runs the hooks of the user's parameters, when it gets the reduced gradients.
         aside = HookedGradients(users, self._passes.nodes) if context.index == 0 else None
-        with state.gradients.passes(users, aside), ExitStack() as together:
+        with state.gradients.passes(users, aside, announces=context.listens), ExitStack() as together:
             if context.size > 1 and not kept.captured:
                 together.enter_context(peers_scope(StepPeers(running.context)))  # for hooks
                 together.enter_context(together_with(running))

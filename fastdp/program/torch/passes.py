@@ -173,7 +173,8 @@ class Passes:
             if together:
                 hooked.check()
         aside = hooked if together else None
-        with torch.enable_grad(), state.replica.passes(), state.gradients.passes(users, aside):
+        passes = state.gradients.passes(users, aside, announces=context.listens)
+        with torch.enable_grad(), state.replica.passes(), passes:
             result = run(state, users, batch, context)
         if context.index == 0:
             self.hooked = bool(hooked) and together
