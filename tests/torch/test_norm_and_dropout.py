@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastdp
+from fastdp.program.torch import batch_norm
 
 
 def sgd(parameters):
@@ -70,6 +71,16 @@ def test_running_statistics_follow_the_global_batch_also_when_replicas_normalize
         reference(x)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             torch.testing.assert_close(getattr(module[0], name), getattr(reference[0], name), rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_whose_rows_are_whole_does_not_ask_for_the_name_of_the_layer(monkeypatch):
+    def asked():
+        raise AssertionError("only messages, and replicas that meet in the layer, need the name")
+
+    monkeypatch.setattr(batch_norm, "running_part", asked)
+    model = fastdp.wrap(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), gpus=2)
+    model(torch.randn(6, 3)).sum().backward()
+    model.train_step(F.mse_loss, torch.optim.Adam)(torch.randn(6, 3), torch.randn(6, 1))
 
 
 def test_a_replica_with_one_row_gives_the_shift_and_one_row_in_all_is_refused_as_by_torch():

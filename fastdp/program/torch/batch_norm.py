@@ -34,9 +34,9 @@ def _batch_norm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) 
     if not given["training"] or count * rows.total // rows.count <= 1:
         return function(*args, **kwargs)  # raises torch's own error for a single value per channel
     mean, variance, weight, bias = (given[name] for name in _NAMES[1:5])
-    running.context.check_whole(
-        f"Batch normalization in {running_part()}", unless=running.sync_batch_norm and not running.keeps_graph
-    )
+    if running.context.is_cut:  # to name the layer takes longer than to run it
+        unless = running.sync_batch_norm and not running.keeps_graph
+        running.context.check_whole(f"Batch normalization in {running_part()}", unless=unless)
     if running.sync_batch_norm:
         y, own_mean, own_variance = _synchronized(x, weight, bias, given["eps"], running.context)
     else:
