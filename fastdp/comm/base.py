@@ -44,6 +44,10 @@ class Reduction(ABC):
         """Which buckets are not reduced yet, in words that begin with a space; empty where that is not known."""
         return ""
 
+    def sum_rest(self) -> None:
+        """Sum what is left on the calling thread, after a step whose replicas are done: see `Communicator.leaves`."""
+        raise NotImplementedError
+
     def all_done(self) -> None:
         """All replicas are done. Called on the thread that then reduces the rest."""
         return
@@ -139,6 +143,11 @@ class Communicator(ABC):
             readers: the compute streams of the first `readers` devices wait for the sums; None for all. The other
                 compute streams must wait for some later event before they compute again.
         """
+
+    def leaves(self, reduction: Any) -> bool:
+        """Whether there is so little to sum that the thread that waits for the step does so, by `sum_rest`, in place of
+        `finish`. For steps whose sums the caller alone uses."""
+        return False
 
     def begin_here(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], *, warm: bool, known: Any) -> Any:
         """As `begin`, for a step that one thread launches on all devices, all of which have rows.

@@ -27,7 +27,7 @@ from fastdp.engine.inspection import Inspection
 from fastdp.engine.make_report import Reporting
 from fastdp.engine.recovery import Recovery
 from fastdp.engine.reductions import ProcessesReductions, Reductions
-from fastdp.engine.replica_work import abort_if_skipped, add_up, run_replica, scatter_rows
+from fastdp.engine.replica_work import abort_if_skipped, run_replica, scatter_rows, sum_rest
 from fastdp.engine.replicas import Call, Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.state import EngineState
@@ -334,8 +334,7 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
         step.watch.verb = "merge"
         self._recovery.finish(step)
         step.watch.finished = time.perf_counter()
-        if step.totals is None:  # nothing was reduced
-            add_up(step)
+        sum_rest(step)
         if step.trains:
             self._program.committed()
             if self.check_replicas:

@@ -87,12 +87,18 @@ class Reductions:
                 self._replicas.devices[0].compute.issue_here(commit, step)
             else:
                 self._communicator.once(partial(commit, step))
+        elif step.reduction is not None and self._leaves(step):
+            step.sums_left = True
         elif step.reduction is not None:
             # Devices that do not update wait for the updated variables, and thereby for the sums.
             readers = len(self._replicas.updating) if step.trains else None
             self._communicator.finish(step.reduction, once=partial(commit, step), readers=readers)
         else:
             self.reduce(self._accumulation.hand_over(len(step.shards)), once=partial(commit, step))
+
+    def _leaves(self, step: Step) -> bool:
+        """Whether the thread that waits for a step sums its gradients: nothing on the devices needs them."""
+        return step.kind == "backward" and not self.needs_whole and self._communicator.leaves(step.reduction)
 
     def finish_here(self, step: Step, computed: Sequence[QueueEvent]) -> list[tuple[int, BaseException]]:
         """As `finish` without the commit, on a thread that works in place of the workers.

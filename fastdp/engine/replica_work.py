@@ -121,6 +121,14 @@ def add_up(step: Step) -> None:
     step.totals = Totals(sums, mine, every_note, step.reduces)
 
 
+def sum_rest(step: Step) -> None:
+    """Sum what no device has needed: gradients that the caller alone uses, and the sums of a step without an update."""
+    if step.sums_left and step.reduction is not None:
+        step.reduction.sum_rest()
+    if step.totals is None:
+        add_up(step)
+
+
 def run_update(
     operation: Operation, replica: Replica, rollback: Rollback, threads: int, work_stealing: WorkStealing | None
 ) -> None:

@@ -152,6 +152,8 @@ class Step(Operation):
 
     `across` is the step's part in that of several processes, if there are several.
 
+    `sums_left`: its gradients are summed by the thread that waits for it.
+
     `over`, `outcome` and `error` are for a step that ends while its thread does something else: see
     `step_scope.meanwhile`.
     """
@@ -171,6 +173,7 @@ class Step(Operation):
     outcome: StepResult | None = None
     error: BaseException | None = None
     across: StepAcross | None = None
+    sums_left: bool = False
 
     counts: ClassVar[bool] = True
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdp
 from fastdp.buffers import FlatBuffers
-from fastdp.comm.host import communicator
+from fastdp.comm.host import communicator, reduction
 from fastdp.comm.host.reduction import HostReduction
 from fastdp.program.torch.gradients import _Accumulated
 
@@ -207,3 +207,50 @@ def test_where_all_cores_compute_no_bucket_is_summed_early_and_backward_calls_no
     monkeypatch.setattr(communicator, "CORES", 3)
     assert run() == want
     assert told == []
+
+
+def test_few_gradients_of_a_loop_are_summed_by_the_thread_that_waits_and_many_by_workers_to_the_same_bits(monkeypatch):
+    threads, kept = [], HostReduction._sum
+
+    def summed(reduction, dtype, span, owner):
+        threads.append(threading.current_thread().name)
+        kept(reduction, dtype, span, owner)
+
+    monkeypatch.setattr(HostReduction, "_sum", summed)
+
+    def gradients(fails=False, **options):
+        module = net()
+        model = fastdp.wrap(module, gpus=3, **options)
+        threads.clear()
+        x, y = data()
+        loss = nn.functional.mse_loss(model(x), y)
+        Gate.waits = trouble if fails else None
+        loss.backward()
+        return [None if p.grad is None else p.grad.numpy().tobytes() for p in module.parameters()]
+
+    def trouble():
+        raise FloatingPointError("no gradient")
+
+    want = gradients()
+    assert set(threads) == {threading.main_thread().name}
+    assert gradients(on_nonfinite="raise") == want, "a worker checks what workers have summed"
+    assert threading.main_thread().name not in threads
+    with pytest.raises(FloatingPointError):
+        gradients(fails=True)
+    assert not threads
+    Gate.waits = None
+    monkeypatch.setattr(communicator, "SUMMED_NBYTES", 1)
+    assert gradients() == want
+    assert threading.main_thread().name not in threads
+
+
+@pytest.mark.parametrize("unit", [1, 1 << 30])
+def test_workers_are_woken_for_sums_that_are_worth_it(monkeypatch, unit):
+    monkeypatch.setattr(communicator, "SUMMED_NBYTES", unit)
+    woken, kept = [], HostReduction.work_all
+    monkeypatch.setattr(
+        HostReduction, "work_all", lambda self: (woken.append(threading.current_thread().name), kept(self))
+    )
+    monkeypatch.setattr(reduction, "TILE", 4)  # many pieces
+    trained(steps=1)
+    assert len(set(woken)) == (3 if unit == 1 else 1)

@@ -13,6 +13,8 @@ from fastdp.runtime.host.resources import CORES
 
 # Copying this much takes about as long as waking a thread.
 SMALL_NBYTES = 1 << 19
+# One thread sums this much, read from all sources, in about the time in which another one is woken.
+SUMMED_NBYTES = 1 << 21
 # One thread copies this much in about the time in which it has one thread woken, and that one the next.
 REFRESH_NBYTES = 1 << 21
 
@@ -28,7 +30,7 @@ class HostCommunicator(Communicator):
     @property
     def sums_early(self) -> bool:  # type: ignore[override]
         """Whether there are cores that no replica uses. Otherwise sums during backward only hold a replica up."""
-        return CORES > len(self._devices)
+        return len(self._devices) < CORES
 
     def send_by(self, transport: Transport | None) -> None:
         """As in `Communicator`."""
@@ -69,13 +71,18 @@ class HostCommunicator(Communicator):
                 once()
             reduction.work_all()
 
-        # Waking more threads than there are cores or pieces would only cost time.
-        helpers = min(len(self._devices), CORES, reduction.pieces)
+        # Waking more threads than there are cores, or for little work, would only cost time.
+        helpers = min(len(self._devices), CORES, reduction.nbytes // SUMMED_NBYTES)
         end = self._after_compute("reduce", range(max(1, helpers)), work)
         if not end.notify(lambda: reduction.close(end.error)):
             reduction.close(end.error)
         for device in self._devices[:readers]:
             device.compute.wait(reduction.over)
+
+    def leaves(self, reduction: HostReduction) -> bool:
+        """As in `Communicator`: where workers would have to be woken again, and none sums meanwhile."""
+        alone = len(reduction.buckets) < 2 or not self.sums_early
+        return alone and reduction.nbytes <= SUMMED_NBYTES
 
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
         """Gather by copies; each rank's worker makes its own. One worker copies little alone."""

@@ -44,7 +44,7 @@ class HostReduction(Reduction):
         branches: by source, those that are added to the first of them, in its memory; targets get nothing. Sums that
             are rounded to 16 bits are made elsewhere, of all sources at once.
 
-    `over` completes when nobody works on the reduction any more, with the error if it failed.
+    `over` completes when nobody works on the reduction any more, with the error if it failed. `nbytes` are read by it.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class HostReduction(Reduction):
         self._pieces: list[list[Piece]] = [[] if trivial else _cut(bucket, ranks)[::-1] for bucket in buckets]
         self._left_in = [len(pieces) for pieces in self._pieces]
         self._left = self.pieces = sum(self._left_in)
+        self.nbytes = sum(bucket.nbytes for bucket in buckets) * len(sources) if self.pieces else 0
         self._lock = threading.Lock()
         self._waits = getattr(here, "wait", None) is None  # whether the calling thread has nothing else to do
         # Threads that work on a piece.
@@ -80,6 +81,11 @@ class HostReduction(Reduction):
         self._error: BaseException | None = None
         self._announced = ReadyBuckets(len(sources), len(buckets))
         self._calls: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """What is summed."""
+        return self._buckets
 
     @property
     def early(self) -> int:
@@ -154,6 +160,11 @@ class HostReduction(Reduction):
                 free -= 1
 
     # Pieces.
+
+    def sum_rest(self) -> None:
+        """Sum all pieces, and hand out no more."""
+        self.work_all()
+        self.close(None)
 
     def work_all(self) -> None:
         """Sum pieces of all buckets until none is left. On any thread."""
