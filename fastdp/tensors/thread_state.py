@@ -80,7 +80,18 @@ class ThreadState:
         variables: context variables of the user's, besides those that are globals.
     """
 
-    __slots__ = ("_context", "_flushes", "_locals", "_lock", "_no_hooks", "_saved", "_several", "_thread", "_variables")
+    __slots__ = (
+        "_around",
+        "_context",
+        "_flushes",
+        "_locals",
+        "_lock",
+        "_no_hooks",
+        "_saved",
+        "_several",
+        "_thread",
+        "_variables",
+    )
 
     def __init__(
         self,
@@ -96,6 +107,7 @@ class ThreadState:
         self._flushes = flushes_subnormals()
         self._saved: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
         self._no_hooks: str | None = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+        self._around = bool(self._saved is not None or self._no_hooks is not None or thread_locals)
 
     def run(self, work: Callable[P, ResultT], *args: P.args, **kwargs: P.kwargs) -> ResultT:
         """Run `work` on another thread as on the one that the state is of.
@@ -108,15 +120,24 @@ class ThreadState:
         if threading.get_ident() == self._thread:
             return work(*args, **kwargs)
         context = self._context.copy()
-        with _subnormals(flushed=self._flushes), self._saved_tensors(), self._locals.applied():
-            _replica.runs = self._several
-            try:
-                result = context.run(work, *args, **kwargs)
-            finally:
-                _replica.runs = False
+        if not self._around and self._flushes == flushes_subnormals():
+            result = self._in_context(context, work, *args, **kwargs)
+        else:
+            with _subnormals(flushed=self._flushes), self._saved_tensors(), self._locals.applied():
+                result = self._in_context(context, work, *args, **kwargs)
         if len(context) or len(self._context):
             self._check_unchanged(context)
         return result
+
+    def _in_context(
+        self, context: contextvars.Context, work: Callable[P, ResultT], *args: P.args, **kwargs: P.kwargs
+    ) -> ResultT:
+        """Run `work` as a replica."""
+        _replica.runs = self._several
+        try:
+            return context.run(work, *args, **kwargs)
+        finally:
+            _replica.runs = False
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -212,7 +212,8 @@ def _buffer_effect(module: nn.Module, name: str, value: Any) -> Effect:
 def output_roles(outputs: Any, declared: DeclaredRows | None) -> list[tuple[str, Layout | None]]:
     """The names of the tensors among outputs, each with its mark or its declared layout; None without both."""
     found: list[tuple[str, Layout | None]] = []
-    for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
+    alone: list[tuple[pytree.KeyPath, Any]] = [((), outputs)]
+    for path, leaf in alone if type(outputs) is torch.Tensor else pytree.tree_flatten_with_path(outputs)[0]:
         if isinstance(leaf, torch.Tensor):
             name = "output" + pytree.keystr(path)
             found.append((name, mark_of(leaf) or (declared.declared(name) if declared is not None else None)))
