@@ -117,3 +117,11 @@ def test_a_step_runs_on_one_core_with_its_layer_in_parts(mode, monkeypatch):
     assert model.report()[0]["how"] == {"trace": "traced", "inductor": "compiled"}[mode]
     assert counts == [(1, 2), (1, 2)], "forward and backward"
     np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-5)
+
+
+def test_graphs_are_looked_at_where_no_recurrent_operation_is_loaded(monkeypatch):
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.ops.aten.mul.Tensor, (x, x)))
+    monkeypatch.setattr(torch.ops, "fastdp", object())  # Keras's recurrent layers load them
+    assert not layers_lead(graph)

@@ -23,6 +23,8 @@ _ELEMENT = 32
 _GATES = 4  # of an LSTM
 _PASSES = 3  # multiply-adds of forward and backward, by those of forward
 _PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+_LSTM, _RNN = "fastdp::lstm_onednn", "fastdp::rnn_layer"
+_LAYERS = {_LSTM, _RNN, f"{_LSTM}_backward", f"{_RNN}_backward"}
 _OTHER_WORK = {"convolution", "convolution_backward", "embedding_dense_backward"}
 
 
@@ -41,17 +43,21 @@ def layers_lead(graph: Graph) -> bool:
     return _PASSES * sum(layers) >= LEAD * rest
 
 
+def _name_of(node: Node) -> str:
+    """The name of a node's operation. Those of fastdp are known to torch only where something has loaded them."""
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
 def _is_layer(node: Node) -> bool:
-    names = ("lstm_onednn", "lstm_onednn_backward", "rnn_layer", "rnn_layer_backward")
-    return any(node.target is getattr(torch.ops.fastdp, name).default for name in names)
+    return _name_of(node) in _LAYERS
 
 
 def _layer(node: Node) -> Iterator[int]:
     """The multiply-adds of the forward pass of a layer whose rows are in several parts, if a node is one."""
     arguments: Any = node.args
-    if node.target is torch.ops.fastdp.lstm_onednn.default:
+    if _name_of(node) == _LSTM:
         (rows, steps, features), units = _value(arguments[0]).shape, _value(arguments[1]).shape[-1]
-    elif node.target is torch.ops.fastdp.rnn_layer.default:
+    elif _name_of(node) == _RNN:
         (steps, rows, features), units = _value(arguments[0]).shape, _value(arguments[5]).shape[-1]
     else:
         return
