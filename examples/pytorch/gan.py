@@ -96,7 +96,10 @@ def train_step(modules: tuple[nn.Module, nn.Module], batches: Iterable[Batch], *
         with torch.no_grad():
             made = making(noise)
         found = found_out((images, made))
-        yield found + deceive(noise)
+        discriminator.requires_grad_(False)  # its gradients would only take time
+        deceived = deceive(noise)
+        discriminator.requires_grad_(True)
+        yield found + deceived
 
 
 def main() -> None:
