@@ -180,6 +180,8 @@ class LayerCalls:
 
     def _kind(self, call: CallArguments) -> _Kind:
         """What is known about calls of this kind. The key does not contain the number of rows."""
+        if self.program.later.has_changed():
+            self._kinds.clear()
         key = call.key, call.lengths
         kind = self._kinds.get(key)
         if kind is None:

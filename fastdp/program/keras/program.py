@@ -197,8 +197,6 @@ class KerasProgram(Program):
         """Makes the context in which a template's own loss is computed; None where none is needed."""
         return self._template_state if self.loss.is_own else None
 
-    # Train and predict.
-
     @property
     def captures(self) -> Captures[Captured[StepSums]] | None:
         """The captured steps; None where all steps run eagerly."""
@@ -286,7 +284,7 @@ class KerasProgram(Program):
         generators = self.draws.of_replica(context.index)
         run = ReplicaContext(context, self.sync_batch_norm, generators=generators, sites=effects.sites)
         run.units = effects.units()
-        run.watches_torch = self.loss.is_merged or not self._is_known
+        run.watches_torch = self.loss.is_merged or not self._is_known or self.later.is_active
         if self._groups is not None and spans_devices:
             run.placed = graph_of(self.model), PlacedGraph(self._groups[context.index])
         return run
@@ -368,6 +366,8 @@ class KerasProgram(Program):
     def inspect(self, batch: Batch, *, training: bool = True, every_row: bool = False) -> None:
         """Try how outputs and side effects depend on the rows. Called before the first steps, on the host thread."""
         effects = self.effects if training else self.forward_effects
+        for one in (self.effects, self.forward_effects) if not every_row and self.later.has_changed() else ():
+            one.forget()
         effects.asked_of_every_row = every_row
         asks = effects.asks_of(batch.rows, every_row=every_row)
         if self._replicas == 1 or not (asks or effects.asks_of_size(batch.rows)):

@@ -65,7 +65,7 @@ def test_the_trial_finds_nothing_in_a_layer_that_is_known(name, monkeypatch):
     assert keeps_rows_apart(model)
     x = cases.CASES[name].batch(5)[0]
     assert tried(model, x) == []
-    monkeypatch.setattr(keras_row_policy, "keeps_rows_apart", lambda model: False)
+    monkeypatch.setattr(keras_row_policy, "KnownLayers", lambda model: False)
     shown = tried(model, x)
     assert [len(trial.outputs) > 0 for trial in shown] == [True] * 3
     assert all(not trial.losses and not trial.moved for trial in shown)

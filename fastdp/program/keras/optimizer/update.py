@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any
 
 import keras
@@ -25,6 +26,8 @@ from fastdp.program.keras.random.step_draws import StepDraws
 from fastdp.program.keras.variables import ReplicaState
 from fastdp.program.keras.weight_hooks import has_hooks
 from fastdp.runtime.queue import QueueDevice
+
+_CONSTRAINT = attrgetter("_constraint")
 
 
 class OptimizerUpdate:
@@ -70,6 +73,8 @@ class OptimizerUpdate:
         why = why_not_in_parts(self._optimizer, self._layout) if self.in_parts else ""
         if self.in_parts and has_hooks(self._trainable):
             why = "weights have hooks (register_hook), which see whole gradients"
+        if self.in_parts and self._is_constrained:
+            why = why or "variables have constraints"
         if why:
             raise ValueError(
                 "`shard_optimizer` needs an optimizer that treats all elements of all variables alike, and "
@@ -90,6 +95,7 @@ class OptimizerUpdate:
     def how(self) -> str:
         """How the optimizer is applied: "flat", to all variables as one, or "per variable: " and the reason."""
         why = why_not_now(self._optimizer) if self._layout.how == "flat" else ""
+        why = why or ("variables have constraints" if self._is_constrained and self._layout.how == "flat" else "")
         if self.in_parts:
             return "flat, in parts: each device its own"
         return f"per variable: {why}" if why else self._layout.how
@@ -97,7 +103,14 @@ class OptimizerUpdate:
     @property
     def is_flat(self) -> bool:
         """Whether the optimizer is applied to all variables as one."""
-        return self._layout.how == "flat" and (self.in_parts or not why_not_now(self._optimizer))
+        if self._layout.how != "flat":
+            return False
+        return self.in_parts or not (why_not_now(self._optimizer) or self._is_constrained)
+
+    @property
+    def _is_constrained(self) -> bool:
+        """Whether variables have constraints now: a script may set them at any time."""
+        return any(map(_CONSTRAINT, self._trainable))
 
     @property
     def is_reliable(self) -> bool:

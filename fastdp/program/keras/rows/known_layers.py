@@ -14,6 +14,9 @@ import keras
 import numpy as np
 from torch.nn.modules import module as torch_module
 
+from fastdp.capture.watch import Watch
+from fastdp.program.keras.capture.reach import reach_of
+
 layers = keras.layers
 # Layers whose output for a row depends on that row alone, and BatchNormalization, which fastdp runs across devices.
 # They assign no variables except its statistics. Their draws have shapes that begin with the rows.
@@ -61,6 +64,26 @@ def keeps_rows_apart(model: keras.Model) -> bool:
     return all(
         keeps_rows_apart(part) if isinstance(part, keras.Model) else _is_known(part) for part in graph.operations
     )
+
+
+class KnownLayers:
+    """Whether a model is made of known layers now. Asks again only when something that layers read has changed.
+
+    Args:
+        model: the template.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model, self._are_known = model, False
+        self._watch: Watch | None = None
+
+    def __bool__(self) -> bool:
+        if self._watch is None or self._watch.changed():
+            self._watch, self._are_known = Watch(), keeps_rows_apart(self._model)
+            reach = reach_of(self._watch, self._model.variables)
+            for layer in self._model._flatten_layers() if self._are_known else ():
+                reach.walk(layer, layer.name)
+        return self._are_known
 
 
 def global_hooks() -> list[Any]:

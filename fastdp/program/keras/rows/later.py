@@ -20,6 +20,7 @@ from fastdp.program.keras.variables import Mapping
 from fastdp.tensors.row_effects import UndecidedError
 
 _SMALL_NBYTES = 1 << 20  # variables that are not trained are mostly statistics and counters
+_ALWAYS = 32  # changes of one value; later ones if their number is a power of two
 _WAYS = "which way code goes"
 _OFTEN = 2  # what trials have found harmless so often is not asked about again
 
@@ -38,6 +39,7 @@ class LaterWrites:
         self._model, self.is_active = model, False
         self._record: Record | None = None
         self._harmless: Counter[str] = Counter()
+        self._changes: Counter[str] = Counter()
         self._found = ""
         self._is_confirmed = False
         self._kept: Mapping = []
@@ -50,6 +52,20 @@ class LaterWrites:
             self._record = record_of(self._model, with_layers=True)
         others = [v for v in self._model.non_trainable_variables if v._value.nbytes <= _SMALL_NBYTES]
         self._kept = [(v, v._value.detach().clone()) for v in others]
+
+    def has_changed(self) -> bool:
+        """Whether what the code reaches was changed since the last step, so that the model has to be tried again.
+
+        What changes all the time is asked about less and less often.
+        """
+        record = self._record
+        if record is None or not record.changed():
+            return False
+        names = [name for _, name, _ in record.written(functions=True) if not self._harmless[name]]
+        self._record = None
+        self._changes.update(names)
+        counts = [self._changes[name] for name in names]
+        return any(count <= _ALWAYS or not count & (count - 1) for count in counts)
 
     @property
     def wrote(self) -> bool:

@@ -25,7 +25,7 @@ from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import running
 from fastdp.program.keras.rows.at_size import differs_at_size, model_at_size
 from fastdp.program.keras.rows.backward import BackwardTrial
-from fastdp.program.keras.rows.known_layers import hooks_of, keeps_rows_apart, why_overwritten
+from fastdp.program.keras.rows.known_layers import KnownLayers, hooks_of, why_overwritten
 from fastdp.program.keras.rows.mixing import Tried, capital, said_of, title
 from fastdp.program.keras.rows.probe import Effects, generators_kept, unlike_rows
 from fastdp.program.keras.rows.trials import FAILURES, Verdict
@@ -78,6 +78,7 @@ class ModelEffects(Effects):
     Attributes:
         layouts: how the model's outputs depend on the rows; None while unknown.
         alone: whether the model runs on one device, with all rows.
+        is_known: whether the model is made of known layers, and needs no trial.
     """
 
     def __init__(self, *arguments: Any, training: bool, policy: Policy) -> None:
@@ -89,6 +90,7 @@ class ModelEffects(Effects):
         self._sizes: set[int] = set()
         self._unlike = True
         self._looked, self._hooks = -1, list[int]()
+        self.is_known, self._known_layers = False, KnownLayers(self._model)
         self.layouts, self.alone = None, False
         self.asked_of_every_row = False
 
@@ -103,6 +105,21 @@ class ModelEffects(Effects):
         if seen or not self._trials:
             return effect
         return Effect.MEAN if self._policy.rows == "replica" else Effect.UNDECIDED
+
+    def check_count(self, count: int) -> None:
+        """Check that there are as many `add_loss` terms as in the trial.
+
+        Raises:
+            UndecidedError: there are more or less.
+            NotCapturable: called while tracing, after which nobody would ask again.
+        """
+        known = len(self._losses) if self._losses is not None else count
+        if known == count or self._policy.rows == "replica" or self.asked_of_every_row:
+            return
+        state = running()
+        if state is not None and state.draws is not None:
+            raise NotCapturable("another number of add_loss() terms than when the model was tried")
+        raise UndecidedError(f"The model has called add_loss() {count} times, and {known} times when fastdp tried it.")
 
     def check_undecided(self, known: Sequence[Effect], values: Sequence[torch.Tensor]) -> None:
         """Check that losses which were zero in the trial are still zero.
@@ -125,8 +142,10 @@ class ModelEffects(Effects):
     def asks_of(self, count: int, *, every_row: bool = False) -> bool:
         """Whether `inspect` would try the model on a batch of `count` rows."""
         self._note_hooks()
-        if self._losses is None and keeps_rows_apart(self._model):
-            self._losses, self._rows_tried = [], 3
+        if self.is_known and not self._known_layers:
+            self.forget()
+        if self._losses is None and self._known_layers:
+            self._losses, self._rows_tried, self.is_known = [], 3, True
         open_question = self._losses is None or self._rows_tried < min(3, count) or not self._unlike
         return count >= 2 and not self.alone and (every_row or (open_question and self._trials < _MOST_TRIALS))
 
@@ -134,9 +153,17 @@ class ModelEffects(Effects):
         """Forget what trials have found if layers have other hooks than then."""
         if RemovableHandle.next_id != self._looked:
             self._looked, hooks = RemovableHandle.next_id, hooks_of(self._model)
-            if hooks and hooks != self._hooks and self._losses is not None and not self.alone:
-                self._losses, self._trials, self._rows_tried, self._sizes = None, 0, 0, set()
+            if hooks and hooks != self._hooks:
+                self._known_layers = KnownLayers(self._model)
+                self.forget()
             self._hooks = hooks
+
+    def forget(self) -> None:
+        """Forget what trials have found: something that the model's code reads has changed."""
+        if not self.alone:
+            self._losses, self.layouts, self.is_known = None, None, False
+            self._trials, self._rows_tried, self._sizes = 0, 0, set()
+            self._plans, self._calls, self._assigned = {}, {}, {}
 
     def asks_of_size(self, count: int) -> bool:
         """Whether `check_at_size` would run the model on a batch of `count` rows."""

@@ -93,6 +93,9 @@ class Effects:
         """A variable's path."""
         return str(self._variables[index].path)
 
+    def check_count(self, count: int) -> None:
+        """Do nothing. `ModelEffects` checks here that there are as many terms as in the trial."""
+
     def check_undecided(self, known: Sequence[Effect], values: Sequence[torch.Tensor]) -> None:
         """Do nothing. `ModelEffects` checks here that such terms are still zero."""
 
@@ -102,6 +105,8 @@ class Effects:
         Raises:
             UndecidedError: a term that was zero in the trial is no longer zero.
         """
+        if context.size > 1:
+            self.check_count(len(losses))
         known, values = self.of_losses(len(losses)), [keras.ops.sum(loss) for loss in losses]
         if Effect.UNDECIDED in known and context.size > 1:
             self.check_undecided(known, values)

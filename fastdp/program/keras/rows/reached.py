@@ -111,11 +111,14 @@ class Record(Watch):
         """Whether a place was not there before."""
         return key not in self._places
 
-    def written(self) -> Iterator[tuple[Key, str, Any]]:
-        """The places that differ from what they were, with their names and values; ABSENT for what is gone."""
+    def written(self, *, functions: bool = False) -> Iterator[tuple[Key, str, Any]]:
+        """The places that differ from what they were, with their names and values; ABSENT for what is gone.
+
+        `functions`: another function is another value. (A pass may make one anew.)
+        """
         for key, place in self._places.items():
             now = _seen(place.read())
-            if not agree(now, place.before):
+            if not agree(now, place.before) or (functions and callable(now) and now is not place.before):
                 yield key, place.what, now
         for owner, known, what in self._mappings:
             for name in [name for name in owner if name not in known]:
