@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ __all__ = [
     "KeyPath",
     "MappingKey",
     "TreeSpec",
+    "is_record",
     "keystr",
     "paths_of",
     "tree_flatten",
@@ -112,14 +113,14 @@ def _is_record_class(kind: type) -> bool:
     return solid is not object or dataclasses.is_dataclass(kind) or hasattr(kind, "__attrs_attrs__")
 
 
-def _is_record(value: Any) -> bool:
+def is_record(value: Any) -> bool:
     """Whether a value is a record."""
     kind: Any = type(value)
     return _is_record_class(kind)
 
 
-def _record_of(value: Any) -> _Record:
-    """The node for a record."""
+def _record_of(value: Any, whole: Collection[int]) -> _Record:
+    """The node for a record. `whole` as of `tree_flatten`."""
     kind = type(value)
     base = _base_of(kind)
     items = list(base.items(value)) if issubclass(base, dict) else []
@@ -128,7 +129,9 @@ def _record_of(value: Any) -> _Record:
     same = tuple([(name, places[id(one)]) for name, one in attributes.items() if _is_item(name, one, items, places)])
     left = [name for name in attributes if name not in dict(same)]
     form = _Form(kind, tuple([key for key, _ in items]), tuple(left), same)
-    return _Record(form, [_with_nodes(one) for one in (*(item for _, item in items), *map(attributes.get, left))])
+    return _Record(
+        form, [_with_nodes(one, whole) for one in (*(item for _, item in items), *map(attributes.get, left))]
+    )
 
 
 def _is_item(name: str, value: Any, items: list[tuple[Any, Any]], places: dict[int, int]) -> bool:
@@ -149,20 +152,22 @@ def _attributes_of(value: Any) -> dict[str, Any]:
     return found
 
 
-def _with_nodes(tree: Any) -> Any:
-    """A nest with nodes in the place of records; the same object if there are none."""
+def _with_nodes(tree: Any, whole: Collection[int] = ()) -> Any:
+    """A nest with nodes in the place of records; the same object if there are none. `whole` as of `tree_flatten`."""
     leaves, spec = _pytree.tree_flatten(tree)
-    if not any(_is_record(leaf) for leaf in leaves):
+    if not any(is_record(leaf) for leaf in leaves):
         return tree
-    return spec.unflatten([_record_of(leaf) if _is_record(leaf) else leaf for leaf in leaves])
+    return spec.unflatten(
+        [_record_of(leaf, whole) if is_record(leaf) and id(leaf) not in whole else leaf for leaf in leaves]
+    )
 
 
-def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """The leaves of a nest, and its structure."""
+def tree_flatten(tree: Any, whole: Collection[int] = ()) -> tuple[list[Any], TreeSpec]:
+    """The leaves of a nest, and its structure. `whole` are the identities of records that are leaves."""
     leaves, spec = _pytree.tree_flatten(tree)
     for leaf in leaves:
-        if _is_record(leaf):
-            return _pytree.tree_flatten(_with_nodes(tree))
+        if is_record(leaf):
+            return _pytree.tree_flatten(_with_nodes(tree, whole))
     return leaves, spec
 
 

@@ -19,7 +19,7 @@ from fastdp.errors import GraphsLostError, ReplicaError
 from fastdp.options import Options
 from fastdp.program.torch.capture.call_kinds import CallKinds
 from fastdp.program.torch.loop import LoopProgram
-from fastdp.program.torch.loop_passes import BackwardPass, ForwardPass
+from fastdp.program.torch.loop_passes import Apart, BackwardPass, ForwardPass, check_apart
 from fastdp.program.torch.paths import PathPass, merged_path
 from fastdp.runtime.host.resources import SEVERAL_THREADS_NBYTES
 from fastdp.runtime.queue import QueueDevice
@@ -83,6 +83,7 @@ class Calls:
         self._kinds = CallKinds(module)
         self._scope = scope
         self.second = SecondGradients(self.program)
+        self._apart: list[Apart] = []  # of the latest pass
 
     def _capture(self) -> None:
         """Have passes captured on the present replicas."""
@@ -105,6 +106,7 @@ class Calls:
         """
         if self.engine.deal != self._deal:
             self._capture()
+        check_apart(self._apart)
         users = self.program.users
         batch.structure.inference = inference
         keeps = torch.is_grad_enabled()
@@ -121,10 +123,11 @@ class Calls:
             tensors = self._recorded(opened, [*work.given, *(users[i] for i in numbers)])
             opened.share = self._share(tensors)
         else:
-            tensors = self._without_gradients(work)
+            tensors = self.program.sharing(work, self._without_gradients(work))
         assert work.nest is not None
         count = len(work.nest.dtypes)
         self.program.settle(work, tensors[count:])
+        self._apart = work.apart
         return work.nest.pack(tensors[:count])
 
     def _recorded(self, opened: OpenPass, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -142,6 +145,7 @@ class Calls:
             nodes = (tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None)
             opened.node = weakref.ref(next(nodes))
             tensors = with_paths(opened, outputs, tensors)
+        tensors = self.program.sharing(work, tensors)
         work.note_merged(tensors)
         return tensors
 

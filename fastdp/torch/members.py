@@ -63,6 +63,34 @@ class ModuleMembers(Generic[ModuleT]):
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *dir(self.module)})
 
+    # What Python looks up on the class alone. A class that has `__len__` is asked for its truth by it.
+
+    def __len__(self) -> int:
+        return len(self._with("__len__"))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._with("__iter__"))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._with("__getitem__")[key]
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._with("__contains__", "__iter__")
+
+    def __bool__(self) -> bool:
+        return bool(self.module)
+
+    def _with(self, *names: str) -> Any:
+        """The module, which has one of these methods.
+
+        Raises:
+            TypeError: it has none, as of the module itself.
+        """
+        kind = type(self.module)
+        if not any(hasattr(kind, name) for name in names):
+            raise TypeError(f"The module {kind.__name__} of a {type(self).__name__} has no {names[0]}.")
+        return self.module
+
     # Parts, parameters and buffers: the module's own, under the module's own names.
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

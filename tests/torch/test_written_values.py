@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict, deque
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +100,22 @@ class Replaced(Net):
     def write(self, x, hidden):
         self.found = {"hidden": hidden.detach(), "deep": [(hidden.detach().mean(), "mean")], "steps": 1}
         self.part, self.function, self.used = self.first, torch.sin, {"weight": self.first.weight}
+
+
+@dataclass
+class Found:
+    hidden: torch.Tensor
+    means: list[torch.Tensor]
+    steps: int
+
+
+class Records(Net):
+    found = None
+
+    def write(self, x, hidden):
+        steps = 1 if self.found is None else self.found.steps + 1
+        self.found = Found(hidden.detach(), [hidden.detach().mean(0)], steps)
+        self.space = SimpleNamespace(part=self.first, peak=hidden.detach().amax())
 
 
 class Emptied(Net):
@@ -260,7 +278,7 @@ def plain(kind):
 
 KINDS = {
     kind.__name__: plain(kind)
-    for kind in (Steps, RowsSeen, Shown, Moving, InPlace, Lists, Replaced, Emptied, Once, Read, Losses)
+    for kind in (Steps, RowsSeen, Shown, Moving, InPlace, Lists, Replaced, Records, Emptied, Once, Read, Losses)
 }
 HOOKS = (
     named_lists,
@@ -289,6 +307,8 @@ def same(ours, theirs, path=""):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, msg=lambda m: f"{path}: {m}")
     elif isinstance(ours, nn.Module):
         same(list(ours.parameters()), list(theirs.parameters()), path)
+    elif isinstance(ours, (Found, SimpleNamespace)):
+        same(vars(ours), vars(theirs), path)
     elif isinstance(ours, dict):
         assert ours.keys() == theirs.keys(), path
         for key in ours:

@@ -28,7 +28,7 @@ from fastdp.program.base import Result
 from fastdp.program.torch.activations import keep
 from fastdp.program.torch.batch import Structure, with_extremes
 from fastdp.program.torch.capture.forward_replays import ForwardReplays, parts_of
-from fastdp.program.torch.capture.joint_replays import GivenLeaves, JointReplays
+from fastdp.program.torch.capture.joint_replays import JointReplays
 from fastdp.program.torch.capture.pure_forward import TorchPureForward
 from fastdp.program.torch.capture.pure_joint import TorchPureJoint
 from fastdp.program.torch.capture.replays import CapturedReplica
@@ -48,7 +48,8 @@ from fastdp.program.torch.recomputed import Recomputed, check_parts
 from fastdp.program.torch.replica import backward
 from fastdp.program.torch.rows.declared import parts_fit, rows_back, rows_first
 from fastdp.program.torch.rows.forms import OutputForm
-from fastdp.program.torch.rows.merging import merge, own_gradient, own_part
+from fastdp.program.torch.rows.merging import merge, own_gradient
+from fastdp.program.torch.sharing import Sharing, aliases_on
 from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Deal
 from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
@@ -81,6 +82,7 @@ class LoopProgram(TorchProgram):
         self._memory: dict[int, CapturedReplica] = {}  # without gradients
         self._forwards = ForwardReplays(self._memory, self._slots)
         self._joints = JointReplays(self._slots, self._differentiable)
+        self._sharing = Sharing()
 
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> State:
         """As in `TorchProgram`."""
@@ -132,7 +134,7 @@ class LoopProgram(TorchProgram):
         if context.among_cut:  # captured passes keep what backward needs
             return eager(batch, context)[0]
         state.gradients.follow(self._users)
-        running, leaves = self._passes.running(context), partial(_leaves, work, batch, context)
+        running, leaves = self._passes.running(context), partial(work.leaves, batch, context)
         return self._joints.run(work, state, batch, context, running, eager, leaves)
 
     def _eagerly(
@@ -140,7 +142,7 @@ class LoopProgram(TorchProgram):
     ) -> tuple[Result, Sequence[torch.Tensor]]:
         """As `forward`, by the module's own code. The tensors of the outputs come with the result."""
         structure: Structure = context.structure
-        leaves = _leaves(work, batch, context)
+        leaves = work.leaves(batch, context)
         args, kwargs, _ = structure.nested(leaves.tensors)
         running = self._passes.running(context)
         running.draws_by = state.draws_by
@@ -168,6 +170,7 @@ class LoopProgram(TorchProgram):
                 check_parts(work, context, writes)
                 wanted = [tensor.requires_grad for tensor in tensors]
                 notes = ForwardNotes(nest, layouts, wanted, [], structure.draws, writes, buffers)
+                notes.aliases = aliases_on(state.replica, leaves.tensors, tensors, writes)
                 if work.keeps:
                     state.replica.outdate(buffers.unjudged)
                 state.replica.restore_buffers()
@@ -255,7 +258,12 @@ class LoopProgram(TorchProgram):
                 for rank, part in enumerate(one.parts):
                     work.kept[rank].outputs.append(part)
                 outputs.append(one.merged)
+        self._sharing.note(work, every)
         return outputs
+
+    def sharing(self, work: ForwardPass, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The merged tensors of a pass, with memory in common where those of one device have it."""
+        return self._sharing.given_to(work, tensors, self._states[0].replica)
 
     def settle(self, work: ForwardPass, tensors: Sequence[torch.Tensor]) -> None:
         """After a forward pass: give the module and its copies what the pass has written.
@@ -275,6 +283,8 @@ class LoopProgram(TorchProgram):
             ValueError: it cannot be merged. The module has what it held before.
         """
         try:
+            if self._passes.watch is not None:
+                self._passes.watch.check()
             return PassWrites(every, merge_writes(every, remedy))
         except ValueError:
             self._following.undo()
@@ -375,25 +385,3 @@ def _whole(work: BackwardPass, kept: KeptGraph, context: Context) -> Iterator[tu
         if total is not None and part.requires_grad:
             own = own_gradient(total, part, work.forward.layouts[at], context.rows)
             yield part, torch.zeros_like(part) if own is None else own
-
-
-def _leaves(work: ForwardPass, batch: Sequence[np.ndarray], context: Context) -> GivenLeaves:
-    """What a replica's module gets."""
-    structure: Structure = context.structure
-    nest, on_host = structure.nest, context.device is not None and not context.device.on_gpu
-    layouts = structure.layouts or [ROWS_FIRST] * len(batch)
-    tensors: list[torch.Tensor] = []
-    arrays = zip(batch, nest.dtypes, work.arrays, layouts, strict=True)
-    for number, (array, name, given, layout) in enumerate(arrays):
-        if given is not None and on_host and number in work.written:
-            tensors.append(work.own_argument(number, batch, context))
-        elif given is not None and on_host:  # the user's own: torch notices if it is changed before backward
-            tensors.append(own_part(given.detach(), layout, context.rows))
-        else:
-            tensors.append(rows_back(as_tensor(array, name), layout))
-    for at in work.rows:
-        tensors[at] = tensors[at].detach().requires_grad_()
-    others = {place: tensor.detach().to(context.torch_device).requires_grad_() for place, tensor in work.shared.items()}
-    nest = nest.replaced(others) if on_host else nest.replaced(others).on(context.torch_device)
-    every = [*tensors, *(leaf for leaf in nest.leaves if isinstance(leaf, torch.Tensor))]
-    return GivenLeaves(every, [tensors[at] for at in work.rows], list(others.values()))

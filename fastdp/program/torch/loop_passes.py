@@ -14,6 +14,7 @@ from fastdp.capture.steps import Captures
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.torch.activations import Inner, inner_of, retained
+from fastdp.program.torch.aliases import Aliases
 from fastdp.program.torch.following.graphs import Leaf, PassWrites
 from fastdp.program.torch.following.merged import WriteNotes
 from fastdp.program.torch.gradients import Found
@@ -45,10 +46,49 @@ class KeptGraph:
 
 
 @dataclass(slots=True)
+class GivenLeaves:
+    """What a replica's module gets: its tensors in the order of `Structure.tensors`, with leaves where gradients count.
+
+    `rows` and `shared` are these leaves: with rows, and without.
+    """
+
+    tensors: list[torch.Tensor]
+    rows: list[torch.Tensor]
+    shared: list[torch.Tensor]
+
+
+@dataclass(slots=True)
+class Apart:
+    """A merged tensor that shares elements with another one on one device, and not here."""
+
+    name: str
+    other: str
+    tensor: torch.Tensor
+    version: int
+
+
+def check_apart(tensors: list[Apart]) -> None:
+    """Check that nobody has written to such tensors. Those of the list are forgotten then.
+
+    Raises:
+        RuntimeError: somebody has.
+    """
+    for one in tensors:
+        if one.tensor._version != one.version:
+            tensors.clear()
+            raise RuntimeError(
+                f"The loop has written in place to {one.name} of the module, which shares memory with {one.other} in "
+                "forward: on one device the other one has these values too, and on several it has not. Write to a "
+                "clone, or let forward return one."
+            )
+
+
+@dataclass(slots=True)
 class ForwardNotes:
     """What a replica tells of a forward pass. `others` are outputs that are not merged by their first axis.
 
-    `used` are the outputs from which a captured backward pass begins; None if forward ran eagerly.
+    `used` are the outputs from which a captured backward pass begins; None if forward ran eagerly. `aliases`: what
+    shares memory; None if forward was captured.
     """
 
     nest: Nest
@@ -59,6 +99,7 @@ class ForwardNotes:
     writes: WriteNotes
     buffers: BufferNotes = field(default_factory=BufferNotes)
     used: list[bool] | None = None
+    aliases: Aliases | None = None
 
     def agree(self, every: Sequence[ForwardNotes]) -> None:
         """Check that all replicas have drawn the same random numbers, and agree on buffers.
@@ -109,6 +150,8 @@ class ForwardPass:
     may_repeat: bool = False
     merged: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     inner: Inner = field(default_factory=Inner)
+    aliases: Aliases = field(default_factory=dict)
+    apart: list[Apart] = field(default_factory=list)
 
     @classmethod
     def of(cls, batch: Batch, values: object, *, keeps: bool) -> ForwardPass:
@@ -184,6 +227,29 @@ class ForwardPass:
         # With a version of its own: it must not count what other replicas do to their rows.
         return own_part(given.data, layout, context.rows)
 
+    def leaves(self, batch: Sequence[Any], context: Context) -> GivenLeaves:
+        """What a replica's module gets."""
+        structure = context.structure
+        nest, on_host = structure.nest, context.device is not None and not context.device.on_gpu
+        layouts = structure.layouts or [ROWS_FIRST] * len(batch)
+        tensors: list[torch.Tensor] = []
+        arrays = zip(batch, nest.dtypes, self.arrays, layouts, strict=True)
+        for number, (array, name, given, layout) in enumerate(arrays):
+            if given is not None and on_host and number in self.written:
+                tensors.append(self.own_argument(number, batch, context))
+            elif given is not None and on_host:  # the user's own: torch notices if it is changed before backward
+                tensors.append(own_part(given.detach(), layout, context.rows))
+            else:
+                tensors.append(rows_back(as_tensor(array, name), layout))
+        for at in self.rows:
+            tensors[at] = tensors[at].detach().requires_grad_()
+        others = {
+            place: tensor.detach().to(context.torch_device).requires_grad_() for place, tensor in self.shared.items()
+        }
+        nest = nest.replaced(others) if on_host else nest.replaced(others).on(context.torch_device)
+        every = [*tensors, *(leaf for leaf in nest.leaves if isinstance(leaf, torch.Tensor))]
+        return GivenLeaves(every, [tensors[at] for at in self.rows], list(others.values()))
+
     @property
     def differentiated(self) -> tuple[int, ...]:
         """The numbers of the tensors whose gradients are wanted, as `Structure.differentiated`."""
@@ -203,11 +269,13 @@ class ForwardPass:
             captures.note_used(self.batch.structure, used)
 
     def check_written(self) -> None:
-        """Check before backward that arrays which forward has changed in place are as it has left them.
+        """Check before backward that arrays which forward has changed in place are as it has left them, and outputs
+        that share memory on one device.
 
         Raises:
             RuntimeError: one is not.
         """
+        check_apart(self.apart)
         for number, version in self.versions.items():
             given = self.arrays[number]
             if given is not None and given._version != version:

@@ -19,7 +19,7 @@ from torch.amp import GradScaler
 from fastdp.capture.pure_step import Draws
 from fastdp.comm.context import Context
 from fastdp.program.base import Result, Totals
-from fastdp.program.torch import activations, batch_axis, embeddings, fast_paths
+from fastdp.program.torch import activations, batch_axis, embeddings, fast_paths, weighed_losses
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.batch import Structure, outputs_to_arrays, with_extremes
@@ -37,6 +37,7 @@ from fastdp.program.torch.parameter_hooks import HookedGradients, NodeHooks
 from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.random.checkpoints import REPEATED_DRAWS
 from fastdp.program.torch.replica import ReplicaContext, backward
+from fastdp.program.torch.rows.outside import StepWatch
 from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors import pytree
 from fastdp.tensors.collectives import StepPeers, peers_scope
@@ -50,6 +51,7 @@ HANDLERS: dict[Any, Handler] = {
     **fast_paths.HANDLERS,
     **torch_batch_norm.HANDLERS,
     **torch_gradients.HANDLERS,
+    **weighed_losses.HANDLERS,
 }
 
 
@@ -85,7 +87,8 @@ class Notes:
 
     `found` says which parameters have a gradient; `hooked` are their hooks, `half` those in float16. `reported` are the
     numbers of the loss function that are not trained on. `trains`: whether the replica's part of the loss has a
-    gradient. `writes` are what else passes have written, `merged` that of all replicas.
+    gradient. `writes` are what else passes have written, `merged` that of all replicas. `watch`:
+    over what all copies share.
     """
 
     outputs: Nest | None = None
@@ -99,6 +102,7 @@ class Notes:
     trains: bool = True
     writes: WriteNotes | None = None
     merged: dict[Place, MergedWrite] = field(default_factory=dict)
+    watch: StepWatch | None = None
 
     def agree(self, every: Sequence[Notes]) -> None:
         """Check that all replicas have drawn the same random numbers, and agree on buffers. Called before the update.
@@ -109,6 +113,8 @@ class Notes:
         if self.draws is not None:
             self.draws.end()
         self.buffers.check([note.buffers for note in every])
+        if self.watch is not None:
+            self.watch.check()
         self.merged = merge_writes([note.writes for note in every if note.writes is not None])
         check_equal_nests([note.reported for note in every])
         if not any(note.trains for note in every):
@@ -133,6 +139,7 @@ class Passes:
         hooked: whether hooks run on the gradients of the latest step after its reduction.
         nodes: finds hooks on autograd's nodes.
         draws: those of the present step, if replicas share it.
+        watch: over what all replicas share.
     """
 
     def __init__(
@@ -153,6 +160,7 @@ class Passes:
         self.hooked = False
         self.nodes = NodeHooks()
         self.draws: SharedDraws | None = None
+        self.watch: StepWatch | None = None
         self._told: set[str] = set()
 
     def train(self, state: State, users: Sequence[torch.Tensor], batch: list[np.ndarray], context: Context) -> Result:
@@ -201,7 +209,9 @@ class Passes:
         if context.size > 1:
             self.draws = context.structure.draws
             self.draws.begin()
-        return ReplicaContext(context, context.rows, self.sync_batch_norm, told=self._told)
+        judged = context.structure.judged
+        weighs = judged is not None and judged.weighs
+        return ReplicaContext(context, context.rows, self.sync_batch_norm, told=self._told, weighs=weighs)
 
     def _train_alone(
         self, state: State, users: Sequence[torch.Tensor], batch: list[np.ndarray], context: Context
@@ -251,6 +261,7 @@ class Passes:
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
         notes = Notes(nest, part.dtype, found=state.gradients.store(part.direct), draws=structure.draws)
         notes.reported, notes.trains = part.reported, bool(part.roots or part.direct)
+        notes.watch = self.watch
         # In a window each call's sum over rows is a float16 number, and there is only one sum over all calls.
         may = self.scaler is not None or may_overflow(structure.autocast, part.roots)
         if may and context.index == 0 and self.accumulate == 1:

@@ -116,6 +116,7 @@ class TorchProgram(TorchUpdate):
         self._adopted: AdoptedSlots | None = None
         self._states: list[State] = []
         self._thread = ThreadState()
+        self._watched = (0, 0)
         self._users: list[torch.Tensor] = []  # in the step that runs
         self._bound: list[torch.Tensor] = []  # the user's parameters at first
         self._bound_ids: list[int] = []
@@ -170,8 +171,16 @@ class TorchProgram(TorchUpdate):
             structure = batch.structure
             structure.weigh(batch.arrays, batch.rows)
             self._following.check_reader(self.loss_fn, structure.roles)
+            self._watch_outside()
         self._followed = True
         return batch
+
+    def _watch_outside(self) -> None:
+        """Watch what all copies share, anew after trials and after changes of the module."""
+        present = self._trials.count, self._following.remade
+        if present != self._watched:
+            self._watched = present
+            self._passes.watch = self._following.outside(self.loss_fn if self.reduction is not None else None)
 
     @property
     def users(self) -> list[torch.Tensor]:
@@ -264,6 +273,8 @@ class TorchProgram(TorchUpdate):
         self._check_optimizers(self.module.parameters())
         if self.rules.scaler is not None:
             self._passes.scale = self.rules.scaler.get_scale()
+        if self._passes.watch is not None:
+            self._passes.watch.begin()
         with self._undone_on_failure(), self._thread.held(), replicas_run(threads):
             yield
         writes, self._writes = self._writes, None

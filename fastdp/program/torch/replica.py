@@ -34,7 +34,8 @@ class ReplicaContext:
     a trial may have seen, and not the loss function. The loss is multiplied by `scale` before backward. `told`, shared
     by the whole program, records given warnings. `traced` says that the step is being traced, and what it computes may
     not be read. `keeps_graph` says that backward is a pass of its own, in a loop. `draws_by` makes all random draws of
-    the step, if somebody keeps or repeats them.
+    the step, if somebody keeps or repeats them. `weighs`: losses in forward are weighed by what counts
+    in the whole batch; `has_losses`: forward has called one that may be.
     """
 
     context: Context
@@ -52,6 +53,8 @@ class ReplicaContext:
     traced: bool = False
     keeps_graph: bool = False
     draws_by: Draws | None = None
+    weighs: bool = False
+    has_losses: bool = False
 
     def draw(self, make: Callable[[ReplicaContext], torch.Tensor]) -> torch.Tensor:
         """The outcome of `make(self)`, a draw on this replica. A captured step makes it for each replica and step."""

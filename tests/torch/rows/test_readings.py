@@ -239,11 +239,21 @@ class ClassWeights(Linear):
         return F.cross_entropy(self.linear(x), labels, weights)
 
 
+class OwnWeights(Linear):
+    def forward(self, x, labels, weights):
+        each = F.cross_entropy(self.linear(x), labels, reduction="none")
+        return (each * weights[labels]).sum() / weights[labels].sum()
+
+
 @pytest.mark.parametrize("devices", SEVERAL)
 def test_what_counts_only_later_is_refused_at_once(devices):
     with pytest.raises(ValueError, match="output of the module"):
         fastdp.wrap(Gated(), gpus=devices)(numbers(ROWS, 4))
     model, labels = fastdp.wrap(ClassWeights(), gpus=devices), torch.arange(ROWS) % 4
+    for weights in (torch.ones(4, dtype=torch.float64), torch.arange(1.0, 5.0, dtype=torch.float64)):
+        found = model(numbers(ROWS, 4), labels, weights)  # a loss of torch's own is weighed where it is computed
+        torch.testing.assert_close(found, model.module(numbers(ROWS, 4), labels, weights), rtol=1e-11, atol=1e-11)
+    model = fastdp.wrap(OwnWeights(), gpus=devices)
     for weights in (torch.ones(4, dtype=torch.float64), torch.arange(1.0, 5.0, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"output of the module.*mean_over"):
             model(numbers(ROWS, 4), labels, weights)

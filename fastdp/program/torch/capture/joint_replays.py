@@ -23,7 +23,7 @@ from fastdp.program.torch.capture.pass_node import NodePass
 from fastdp.program.torch.capture.pure_joint import JointForm
 from fastdp.program.torch.capture.pure_pass import dense
 from fastdp.program.torch.following.merged import WriteNotes
-from fastdp.program.torch.loop_passes import ForwardNotes, ForwardPass, KeptGraph
+from fastdp.program.torch.loop_passes import ForwardNotes, ForwardPass, GivenLeaves, KeptGraph
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers
 from fastdp.program.torch.nest import Nest
@@ -31,18 +31,6 @@ from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import State, together_with
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.program.torch.rows.forms import OutputForm
-
-
-@dataclass(slots=True)
-class GivenLeaves:
-    """What a replica's module gets: its tensors in the order of `Structure.tensors`, with leaves where gradients count.
-
-    `rows` and `shared` are these leaves: with rows, and without.
-    """
-
-    tensors: list[torch.Tensor]
-    rows: list[torch.Tensor]
-    shared: list[torch.Tensor]
 
 
 class JointReplays:

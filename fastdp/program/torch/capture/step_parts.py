@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from fastdp.errors import NotCapturable
-from fastdp.program.torch import batch_axis, embeddings, fast_paths
+from fastdp.program.torch import batch_axis, embeddings, fast_paths, weighed_losses
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.capture.batch_norm import traced_batch_norm
 from fastdp.program.torch.capture.lent_tensors import LentTensors
@@ -34,7 +34,13 @@ ALONE: dict[Any, Handler] = {
     **torch_gradients.HANDLERS,
     F.batch_norm: traced_batch_norm,
 }
-TOGETHER: dict[Any, Handler] = {**ALONE, **batch_axis.HANDLERS, **embeddings.HANDLERS, **fast_paths.HANDLERS}
+TOGETHER: dict[Any, Handler] = {
+    **ALONE,
+    **batch_axis.HANDLERS,
+    **embeddings.HANDLERS,
+    **fast_paths.HANDLERS,
+    **weighed_losses.HANDLERS,
+}
 
 
 class NoTracedPeers:

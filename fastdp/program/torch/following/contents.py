@@ -20,10 +20,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from fastdp.capture.code_names import names_in_code
-from fastdp.capture.libraries import is_buffer, may_change
+from fastdp.capture.libraries import UNREAD, is_buffer, may_change
 from fastdp.capture.reach import Rules
 from fastdp.program.torch.following.holders import Holder, Slots
 from fastdp.program.torch.reach import GLOBAL_HOOKS, HOOKS, TABLES
+from fastdp.tensors import pytree
 
 ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
 _SEQUENCES = (list, collections.deque, set)
@@ -161,19 +162,25 @@ class Contents:
     def retarget(self, name: str, value: Any) -> None:
         """Note the containers in a value that forward has put in place of another, under the names of a walk."""
         if isinstance(value, (dict, *_SEQUENCES)):
-            keys = list(value) if isinstance(value, dict) else ()
-            known = next((holder for holder in self.holders if holder.name == name), None)
-            if known is None:
-                self.holders.append(Holder(name, value, keys, value))
-            else:
-                known.table = known.owner = value
-                known.keys = keys
+            self._hold(Holder(name, value, list(value) if isinstance(value, dict) else (), value))
         if isinstance(value, dict):
             for key, one in value.items():
                 self.retarget(f"{name}[{key!r}]", one)
         elif isinstance(value, (list, tuple, collections.deque)):
             for i, one in enumerate(value):
                 self.retarget(f"{name}[{i}]", one)
+        elif pytree.is_record(value) and hasattr(value, "__dict__") and all(h.owner is not value for h in self.holders):
+            self._hold(Holder(name, vars(value), list(vars(value)), value))
+            for key, one in vars(value).items():
+                self.retarget(f"{name}.{key}", one)
+
+    def _hold(self, holder: Holder) -> None:
+        """Note a holder, in the place of the one of its name if there is one."""
+        known = next((one for one in self.holders if one.name == holder.name), None)
+        if known is None:
+            self.holders.append(holder)
+        else:
+            known.table, known.owner, known.keys = holder.table, holder.owner, holder.keys
 
     def look_again(self) -> None:
         """Find the keys that the known holders have now, and no other holders."""
@@ -295,7 +302,7 @@ class Contents:
         if isinstance(value, (types.FunctionType, types.MethodType)):
             return is_own(value)
         kinds = (dict, *_SEQUENCES, *_FROZEN, functools.partial, torch.Tensor, np.ndarray)
-        return isinstance(value, kinds) or is_own(type(value))
+        return isinstance(value, kinds) or (_has_attributes(value) and not isinstance(value, UNREAD))
 
 
 def make_unique(holders: list[Holder]) -> None:

@@ -19,6 +19,7 @@ from fastdp.program.torch.following.merged import MergedWrite, Roles, WriteNotes
 from fastdp.program.torch.following.readers import read_by
 from fastdp.program.torch.following.writes import Place, restore, writes_of
 from fastdp.program.torch.module import ReplicaModule, Slot, slots_of
+from fastdp.program.torch.rows.outside import StepWatch
 from fastdp.program.torch.rows.plain import keeps_rows_apart
 from fastdp.program.torch.views import views_in
 
@@ -72,6 +73,12 @@ class Following:
     def contents(self) -> Contents:
         """What the module holds now."""
         return Contents(self._module, [slot.tensor for slot in self._slots if slot.table.get(slot.key) is not None])
+
+    def outside(self, loss_fn: Any) -> StepWatch | None:
+        """A watch over what the module and its copies share; None if it needs none."""
+        if self._guard is None or keeps_rows_apart(self._module):
+            return None
+        return StepWatch(self._module, self.contents(), loss_fn)
 
     @property
     def kind(self) -> int:

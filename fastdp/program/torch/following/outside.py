@@ -137,6 +137,19 @@ class Outside(Contents):
                 kept.add(key)
                 self.walk(value, f"{module.__name__}.{key}", inside=False)
 
+    def leave_out(self, own: Contents) -> None:
+        """Keep nothing of what each copy of the module has of its own."""
+        owners = {id(one.owner) for one in own.holders if not one.partial}
+        names = {id(one.table): set(one.keys) for one in own.holders if one.partial}
+        for one in self.holders:
+            if one.partial:
+                one.keys = [key for key in one.keys if key not in names.get(id(one.table), ())]
+        self.holders = [one for one in self.holders if id(one.owner) not in owners]
+        values = {id(value) for _, value in (*own.tensors, *own.arrays)}
+        self.tensors = [(name, one) for name, one in self.tensors if id(one) not in values]
+        self.arrays = [(name, one) for name, one in self.arrays if id(one) not in values]
+        self.tables, self.hooks = [], []
+
     def _leads_back(self, outside: nn.Module) -> bool:
         return True
 

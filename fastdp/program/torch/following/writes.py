@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from fastdp.program.torch.following.contents import ATOMS
 from fastdp.program.torch.following.guard import Guard, get, is_made_by_torch, same_plain
 from fastdp.program.torch.following.holders import Holder
+from fastdp.tensors import pytree
 
 _VALUES = frozenset((*ATOMS, torch.dtype, torch.device, set, frozenset, range, slice))
 MISSING = object()
@@ -68,7 +68,7 @@ class Written:
     @classmethod
     def of(cls, value: Any, guard: Guard, before: Any = MISSING) -> Written:
         """What was written, on the replica of this guard."""
-        leaves, spec = pytree.tree_flatten(value)
+        leaves, spec = pytree.tree_flatten(value, guard.numbers)
         return cls(spec, [_leaf(one, guard) for one in leaves], before)
 
     def before_at(self, number: int) -> Any:

@@ -69,7 +69,7 @@ class _Check:
     def __init__(
         self, module: nn.Module, batch: Batch, judged: Judged, rows: Sequence[Rows], wanted: Sequence[int]
     ) -> None:
-        self._trial = Trial(module, batch, range(batch.rows), wanted)
+        self._trial = Trial(module, batch, range(batch.rows), wanted, weighs=judged.weighs)
         self._batch, self._judged, self._rows = batch, judged, rows
         self._counts = [one.count for one in rows]
         structure: Structure = batch.structure

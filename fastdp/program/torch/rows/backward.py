@@ -72,7 +72,7 @@ class _Gradients:
         is_wide: bool,
     ) -> None:
         chosen = choices_of(batch.rows, sum(rows))[0]
-        self._trial = Trial(module, batch, chosen, wanted, noise=NOISE, is_wide=is_wide)
+        self._trial = Trial(module, batch, chosen, wanted, noise=NOISE, is_wide=is_wide, weighs=judged.weighs)
         self._structure, self._judged, self._rows = batch.structure, judged, rows
         self._is_wide = is_wide
         self._seeds: list[torch.Tensor] = []

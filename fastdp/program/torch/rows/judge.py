@@ -6,19 +6,21 @@ import itertools
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from fastdp.comm.batch import Batch
 from fastdp.program.torch.batch import Structure
+from fastdp.program.torch.rows.decisions import Decisions, refused
 from fastdp.program.torch.rows.draws import CannotSplitError, OtherDrawsError
 from fastdp.program.torch.rows.findings import Findings
 from fastdp.program.torch.rows.inputs import Change, Injected, OtherValues, TrialInputs, choices_of
 from fastdp.program.torch.rows.judged import Candidates, Judged, is_exact
-from fastdp.program.torch.rows.later import look_later
+from fastdp.program.torch.rows.later import alike, look_later
 from fastdp.program.torch.rows.outside import SharedState
 from fastdp.program.torch.rows.refusals import failed
-from fastdp.program.torch.rows.trial import Trial
+from fastdp.program.torch.rows.trial import Run, Trial
 from fastdp.program.torch.rows.weights import usual_numbers
 from fastdp.program.torch.shared_draws import DrawPlaces
 
@@ -45,6 +47,7 @@ class Judge:
         rows: the numbers of rows of a trial's parts.
         known: what trials of batches of other lengths have found. One trial is enough if it finds the same.
         believes: believe what the user has said about outputs; else it must agree with the trials.
+        weighs: as in `Trial`.
 
     Three kinds of trials leave fewer and fewer possibilities: on several choices of rows as they are; on rows with
     other values, so that nothing agrees by accident, such as a mask of zeros; and, for means, with entries that may not
@@ -63,10 +66,12 @@ class Judge:
         *,
         known: Known | None = None,
         believes: bool = False,
+        weighs: bool = False,
     ) -> None:
         self._module, self._batch, self._rows, self._wanted = module, batch, rows, wanted
         structure: Structure = batch.structure
         self._known, self._draws = known, DrawPlaces()
+        self._weighs, self._tried = weighs, list[Trial]()
         self.findings = Findings(Trial(module, batch, ()).slots, structure, rows, believes=believes)
 
     def judged(self) -> Judged:
@@ -75,7 +80,14 @@ class Judge:
         Raises:
             ValueError: the trials cannot tell.
         """
-        return self.findings.judged(self._draws)
+        judged = self.findings.judged(self._draws)
+        judged.weighs = self._weighs
+        return judged
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether forward has called losses that can be weighed."""
+        return any(trial.has_losses for trial in self._tried)
 
     def look(self) -> bool:
         """Run as many trials as are needed. False if the module does not run on all rows of one.
@@ -88,7 +100,11 @@ class Judge:
         with shared.undone():
             if self._known is None:
                 self._check_shared(shared, choices)
-            return self._look_at(choices)
+            runs = self._look_at(choices)
+        if self._known is not None and shared.undid:  # a table for greater lengths than those before
+            with shared.undone():
+                self._check_shared(shared, choices)
+        return runs
 
     def _look_at(self, choices: Sequence[Sequence[int]]) -> bool:
         """Run trials on these choices of rows. Returns and raises as `look` does."""
@@ -108,11 +124,16 @@ class Judge:
                 self._look_again(choices[0], OtherValues(flags=flags, exact=False), noise=noise)
         self._weigh(choices[-1])
         if self.findings.keeps:
-            trial = Trial(self._module, self._batch, choices[0], self._wanted)
+            trial = self._trial(choices[0])
             look_later(trial, self.findings, self._rows, (*FAILURES, NotImplementedError))
         return True
 
     # Trials.
+
+    def _trial(self, chosen: Sequence[int], **how: Any) -> Trial:
+        """A trial on these rows. `how` as of `Trial`."""
+        self._tried.append(Trial(self._module, self._batch, chosen, self._wanted, weighs=self._weighs, **how))
+        return self._tried[-1]
 
     def _check_shared(self, shared: SharedState, choices: Sequence[Sequence[int]]) -> None:
         """Check that forward changes nothing that all copies share.
@@ -121,8 +142,8 @@ class Judge:
             CannotSplitError: it does.
         """
         total, first = sum(self._rows), self._rows[0]
-        usual = Trial(self._module, self._batch, choices[0], self._wanted)
-        mixed = Trial(self._module, self._batch, choices[-1], self._wanted, change=OtherValues(flags=False))
+        usual = self._trial(choices[0])
+        mixed = self._trial(choices[-1], change=OtherValues(flags=False))
 
         def on_few() -> None:
             usual.run(0, first)
@@ -141,9 +162,9 @@ class Judge:
     def _look(self, chosen: Sequence[int], noise: float = 0.0) -> bool:
         """Run one trial and keep what it leaves possible. False if the module does not run on all of its rows."""
         total, first = sum(self._rows), self._rows[0]
-        trial = Trial(self._module, self._batch, chosen, self._wanted, noise=noise)
+        trial = self._trial(chosen, noise=noise)
         try:
-            whole = trial.run(0, total)
+            whole, decisions = trial.run(0, total), [trial.decisions]
         except CannotSplitError:
             raise
         except NotImplementedError:
@@ -155,7 +176,10 @@ class Judge:
                 raise self._failed(error, trial) from error
             return False
         try:
-            parts = [trial.run(0, first), trial.run(first, total)]
+            parts = []
+            for start, stop in ((0, first), (first, total)):
+                parts.append(trial.run(start, stop))
+                decisions.append(trial.decisions)
             self._note_draws(trial)
         except (CannotSplitError, OtherDrawsError):
             raise
@@ -164,7 +188,22 @@ class Judge:
         except FAILURES as error:
             raise self._failed(error, trial) from error
         self.findings.see(trial, parts, whole)
+        self._check_decisions(trial, whole, decisions)
         return True
+
+    def _check_decisions(self, trial: Trial, whole: Run, decisions: Sequence[Decisions]) -> None:
+        """Check that no output depends on what forward decides by numbers of its rows. `decisions`: of all, of parts.
+
+        Raises:
+            CannotSplitError: one does.
+        """
+        for site in decisions[0].differing(decisions[1:]):
+            try:
+                run = trial.run(0, sum(self._rows), other=site)
+            except (NotImplementedError, *FAILURES):
+                continue  # such as an assertion
+            if not alike(run, whole):
+                raise refused(site)
 
     def _failed(self, error: BaseException, trial: Trial) -> ValueError:
         """The error for a module that does not run on the rows of a trial."""
@@ -191,7 +230,7 @@ class Judge:
         Where only parts of the rows do not run, or have other shapes, a step on such rows would be an error too.
         """
         total, first = sum(self._rows), self._rows[0]
-        trial = Trial(self._module, self._batch, chosen, self._wanted, noise=noise, change=change, on_host=on_host)
+        trial = self._trial(chosen, noise=noise, change=change, on_host=on_host)
         try:
             whole = trial.run(0, total)
         except (*FAILURES, NotImplementedError):
@@ -247,7 +286,7 @@ class Judge:
         """Whether the module runs on all rows of the batch."""
         rows = self._batch.rows
         try:
-            Trial(self._module, self._batch, range(rows), self._wanted).run(0, rows)
+            self._trial(range(rows)).run(0, rows)
         except (*FAILURES, NotImplementedError):
             return False
         return True

@@ -37,6 +37,7 @@ class Judged:
         inner: which outputs are computed from others, once a step has shown it.
         watched: whether somebody wanted a gradient by such an output.
         replaced: the buffers in whose place forward puts other tensors, by their numbers.
+        weighs: losses in forward are weighed by what counts in the whole batch (`weighed_losses`).
     """
 
     outputs: list[Layout] | None = None
@@ -47,12 +48,13 @@ class Judged:
     inner: Inner | None = None
     watched: bool = False
     replaced: frozenset[int] = frozenset()
+    weighs: bool = False
 
     def is_like(self, other: Judged) -> bool:
         """Whether steps do the same with other lengths."""
         mine, others = ([(one.effect, one.axis) for one in judged.outputs or ()] for judged in (self, other))
-        mine_of = (self.states, self.draws, self.written, self.replaced)
-        same = mine_of == (other.states, other.draws, other.written, other.replaced)
+        mine_of = (self.states, self.draws, self.written, self.replaced, self.weighs)
+        same = mine_of == (other.states, other.draws, other.written, other.replaced, other.weighs)
         return same and mine == others and (self.outputs is None) == (other.outputs is None)
 
     @property

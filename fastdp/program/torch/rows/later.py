@@ -46,7 +46,7 @@ def look_later(first: Trial, findings: Findings, rows: Sequence[int], failures: 
         own = [_with_own_rows(first, second, kept, *part) for part in parts]
     except failures:
         return
-    if not all(_alike(one, other) for one, other in zip(own, shared, strict=True)):
+    if not all(alike(one, other) for one, other in zip(own, shared, strict=True)):
         raise refused_reading(dict.fromkeys(place.name for place, _ in kept))
 
 
@@ -80,8 +80,11 @@ def _with_own_rows(first: Trial, second: Trial, kept: dict[tuple[Place, int], La
     return first.after(ran, drawn=second).run(start, stop)
 
 
-def _alike(run: Run, other: Run) -> bool:
+def alike(run: Run, other: Run) -> bool:
     """Whether two runs have given the same."""
-    pairs = zip(pytree.tree_leaves(run.outputs), pytree.tree_leaves(other.outputs), strict=True)
+    leaves, others = pytree.tree_leaves(run.outputs), pytree.tree_leaves(other.outputs)
+    if len(leaves) != len(others):
+        return False
+    pairs = zip(leaves, others, strict=True)
     tensors = [(a.detach(), b.detach()) for a, b in pairs if isinstance(a, torch.Tensor)]
     return all(a.shape == b.shape and is_near(a, b, rough=False) for a, b in tensors)

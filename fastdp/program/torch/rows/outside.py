@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.guard import Guard
 from fastdp.program.torch.following.merged import equal
 from fastdp.program.torch.following.outside import LOSS, Outside
@@ -32,6 +33,9 @@ class SharedState:
     Args:
         module: the user's own. Trials run copies of it, so what they change here is shared by all copies.
         loss_fn: a loss function that all copies share; None without one.
+
+    Attributes:
+        undid: whether something had to be given its value from before.
     """
 
     def __init__(self, module: nn.Module, loss_fn: Any = None) -> None:
@@ -39,6 +43,7 @@ class SharedState:
         self._guard = Guard(self._contents)
         self._values = [tensor.detach().clone() for _, tensor in self._contents.tensors]
         self._stays: frozenset[Place] = frozenset()
+        self.undid = False
         self._states = [pickle.dumps(one) for _, one in self._contents.host_generators]
 
     @property
@@ -89,7 +94,9 @@ class SharedState:
             yield
         finally:
             written = self._written()
-            restore(self._guard, {place: one for place, one in written.items() if place not in self._stays})
+            changed = {place: one for place, one in written.items() if place not in self._stays}
+            restore(self._guard, changed)
+            self.undid = self.undid or bool(changed)
             for known, name in self._contents.unset:
                 known.pop(name, None)
 
@@ -221,3 +228,39 @@ def refused(name: str, how: str = "changes") -> CannotSplitError:
         "object that methods use. All devices share it, and each would change it, in no fixed order. Keep it on the "
         "module (self), in a buffer if it is a tensor; or use gpus=[0]."
     )
+
+
+class StepWatch:
+    """Notices in each step what it changes and all copies share: later rows may do what those of trials have not.
+
+    Args:
+        module: the user's own.
+        own: what each copy has of its own, whose changes are merged.
+        loss_fn: a loss function that all copies share; None without one.
+    """
+
+    stays_in_process = True
+
+    def __init__(self, module: nn.Module, own: Contents, loss_fn: Any = None) -> None:
+        contents = Outside(module, [slot.tensor for slot in slots_of(module)], loss_fn)
+        contents.leave_out(own)
+        self._guard = Guard(contents)
+
+    def begin(self) -> None:
+        """Called before a step: take what there is now."""
+        if self._guard.wrote():
+            self._guard.record()
+
+    def check(self) -> None:
+        """Called after the passes of a step. Entries that were added to a dict or to an object stay: all make the same.
+
+        Raises:
+            ValueError: the step has changed something else, which has its value from before again.
+        """
+        if not self._guard.wrote():
+            return
+        written = writes_of(self._guard)
+        changed = {at: one for at, one in written.items() if at.kind != "value" or one.before is not MISSING}
+        restore(self._guard, changed)
+        if changed:
+            raise ValueError(str(refused(next(iter(changed)).name)))

@@ -16,13 +16,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastdp.program.torch import embeddings
+from fastdp.program.torch import embeddings, weighed_losses
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.fast_paths import ALIGNED
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.replica import Normalized, ReplicaContext
+from fastdp.program.torch.rows.decisions import Decisions
 from fastdp.program.torch.rows.draws import CannotSplitError
+from fastdp.program.torch.weighed_losses import Totals
 from fastdp.shard import Rows
 from fastdp.tensors.collectives import peers
 from fastdp.tensors.compiled import uncompiled
@@ -37,6 +39,7 @@ class Watch(TorchFunctionMode):
         compared: gets the numbers that tensors are compared with, or that a loss ignores.
         sought: a number.
         seeks_coarse: look at the precision of results.
+        decisions: notes what is decided by numbers.
 
     Attributes:
         is_paused: look at nothing.
@@ -45,12 +48,19 @@ class Watch(TorchFunctionMode):
     """
 
     def __init__(
-        self, slots: Sequence[Slot], compared: set[float], sought: float | None = None, *, seeks_coarse: bool = False
+        self,
+        slots: Sequence[Slot],
+        compared: set[float],
+        sought: float | None = None,
+        *,
+        decisions: Decisions,
+        seeks_coarse: bool = False,
     ) -> None:
         super().__init__()
         self._seeks_coarse, self.is_coarse, self.is_paused = seeks_coarse, False, False
         self._names = {id(slot.tensor): slot.name for slot in slots}
         self._compared, self._sought = compared, sought
+        self._decisions = decisions
         self.found = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,6 +85,10 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "").strip("_")
         if name in _COMPARISONS or name in _LOSSES:
             self._note(args, kwargs, name)
+        if name in _ORDER and not kwargs:
+            return self._decisions.compared(func, args)
+        if func is torch.Tensor.item:
+            return self._decisions.read(func, args)
         result = func(*args, **kwargs)
         if self._seeks_coarse and isinstance(result, torch.Tensor) and result.is_floating_point():
             self.is_coarse = self.is_coarse or result.dtype.itemsize < 8
@@ -92,13 +106,15 @@ class Watch(TorchFunctionMode):
 
 _HOOKING = frozenset((torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook))
 _COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+_ORDER = frozenset(("lt", "le", "gt", "ge"))
 _LOSSES = frozenset(("cross_entropy", "nll_loss"))
 
 
-class TrialPeers:
+class TrialPeers(Totals):
     """The collectives of a run: the parts of the rows get what all rows gave."""
 
-    def __init__(self, results: list[torch.Tensor], rows: Rows, aligned: list[bool]) -> None:
+    def __init__(self, results: list[torch.Tensor], rows: Rows, aligned: list[bool], counts: list[float]) -> None:
+        super().__init__(counts, is_whole=rows.count == rows.total)
         self._results, self._rows = results, rows
         self._number = 0
         self._aligned, self._asked = aligned, 0
@@ -171,6 +187,7 @@ HANDLERS: dict[Any, Handler] = {
     **random_handlers.HANDLERS,
     **embeddings.HANDLERS,
     **torch_gradients.HANDLERS,
+    **weighed_losses.HANDLERS,
     F.batch_norm: _batch_norm,
 }
 

@@ -22,6 +22,7 @@ from fastdp.program.torch.following.writes import Place, Written, writes_of
 from fastdp.program.torch.module import Slot, slots_of
 from fastdp.program.torch.random.checkpoints import REPEATED_DRAWS
 from fastdp.program.torch.replica import ReplicaContext, backward
+from fastdp.program.torch.rows.decisions import Decisions, Site
 from fastdp.program.torch.rows.draws import CannotSplitError, TrialDraws
 from fastdp.program.torch.rows.hidden import check_leaves
 from fastdp.program.torch.rows.inputs import Change, Injected, TrialInputs
@@ -88,6 +89,7 @@ class Trial:
         change: makes other values of the arrays.
         on_host: run in host memory, where a number that an index must not have is an error and not the end of a GPU.
         is_wide: run in double precision, outside of autocast.
+        weighs: weigh losses in forward by what counts in all rows (`weighed_losses`).
 
     Random draws and the results of collectives are those of the run on all
     rows. Batch normalization uses its running
@@ -101,7 +103,9 @@ class Trial:
         rows: how many.
         compared: the numbers that the module has compared tensors with.
         is_coarse: whether something was computed in single or half precision.
+        has_losses: whether forward has called losses that can be weighed.
         watch: of the run that `then` goes on with.
+        decisions: of the latest run.
         written: the inputs that forward has changed in place, by their places among the leaves of the batch.
     """
 
@@ -116,6 +120,7 @@ class Trial:
         change: Change | None = None,
         on_host: bool = False,
         is_wide: bool = False,
+        weighs: bool = False,
     ) -> None:
         self._module, self._batch, self._chosen, self.rows = module, batch, chosen, len(chosen)
         self.wanted, self._noise, self._is_wide = wanted, noise, is_wide
@@ -132,6 +137,9 @@ class Trial:
         self._draws = TrialDraws()
         self._met: list[torch.Tensor] = []
         self._aligned: list[bool] = []
+        self._weighs, self._counts = weighs, list[float]()
+        self.has_losses = False
+        self.decisions = Decisions()
         settle(slot.tensor for slot in self.slots)
         self._where = str(self.slots[0].tensor.device) if self.slots and not on_host else "cpu"
 
@@ -155,9 +163,10 @@ class Trial:
 
         `drawn`: one whose draws and results of collectives it repeats.
         """
-        later = Trial(run.module, self._batch, self._chosen, self.wanted)
+        later = Trial(run.module, self._batch, self._chosen, self.wanted, weighs=self._weighs)
         if drawn is not None:
             later._draws, later._met, later._aligned = drawn._draws, drawn._met, drawn._aligned
+            later._counts = drawn._counts
         return later
 
     def names_of(self, run: Run) -> set[str]:
@@ -170,12 +179,14 @@ class Trial:
         buffers = ((slot.name, slot.tensor) for slot in self.slots if not slot.is_parameter)
         return [name for name, one in (*self._contents.tensors, *buffers) if rows in one.shape]
 
-    def run(self, start: int, stop: int, *, times: int = 1, then: Then | None = None) -> Run:
+    def run(self, start: int, stop: int, *, times: int = 1, then: Then | None = None, other: Site | None = None) -> Run:
         """Run the module on rows `[start, stop)` of the chosen ones, so many times one after the other.
 
         `then` goes on with what the module was given and its outputs.
+        `other`: where it decides otherwise than it does.
         """
         rows = Rows(start, stop, self.rows)
+        self.decisions = Decisions(other)
         replica, copied = replicate(self._module, self.slots, self._fresh(), self._contents)
         held = [(slot, slot.tensor) for slot in slots_of(replica.module)]
         for _ in range(times):
@@ -218,18 +229,20 @@ class Trial:
         """The outputs of a copy for some rows. All passes draw the same random numbers."""
         structure: Structure = self._batch.structure
         own = Structure(structure.nest, draws=self._draws, _seed=1)
-        running = ReplicaContext(Context(0, rows, 0, Rendezvous(1, 1.0), 2, Batch([], own, self.rows), own), rows)
+        running = ReplicaContext(
+            Context(0, rows, 0, Rendezvous(1, 1.0), 2, Batch([], own, self.rows), own), rows, weighs=self._weighs
+        )
         sought = self._injected.number if self._injected is not None else None
         wanted, generators = self.wanted if torch.is_grad_enabled() else (), self._contents.generators
         with (
             self._draws.run(rows, generators),
             undisturbed(),
             REPEATED_DRAWS,
-            Watch(self.slots, self.compared, sought, seeks_coarse=self._is_wide) as watch,
+            Watch(self.slots, self.compared, sought, decisions=self.decisions, seeks_coarse=self._is_wide) as watch,
         ):
             args, kwargs, _ = given = self.inputs.of(rows, self._where, wanted)
             versions, leaves = _versions(given), pytree.tree_leaves(given)
-            among = TrialPeers(self._met, rows, self._aligned)
+            among = TrialPeers(self._met, rows, self._aligned, self._counts)
             with peers_scope(among), FAST_PATHS, ReplicaMode(running, HANDLERS):
                 with nullcontext() if self._is_wide else structure.entered():
                     outputs = module(*args, **kwargs)
@@ -240,6 +253,7 @@ class Trial:
             _check_statistics(running, module)
             self.written |= {place for place, now in _versions(given).items() if now != versions[place]}
         self.is_coarse = self.is_coarse or watch.is_coarse
+        self.has_losses = self.has_losses or running.has_losses
         if self._injected is not None and watch.found:
             self._injected.is_met = True
         return outputs

@@ -67,6 +67,7 @@ class Trials:
     Attributes:
         thread_locals: objects of `threading.local` that the code of the module reaches.
         context_variables: that it reaches and that are no globals.
+        count: of the kinds that were tried.
     """
 
     def __init__(self, module: nn.Module, loss: DeclaredLoss | None) -> None:
@@ -76,6 +77,8 @@ class Trials:
         self._by_lengths: set[Any] = set()
         self._families: dict[Any, Known] = {}
         self._checked: set[Any] = set()
+        self.count = 0
+        self._has_losses = False  # forward of the latest trials
         self.thread_locals: Sequence[threading.local] = ()
         self.context_variables: Sequence[contextvars.ContextVar[Any]] = ()
 
@@ -105,6 +108,7 @@ class Trials:
             key = (*key, batch.rows)
         found = self._known.get(key)
         if found is None:
+            self.count += 1
             found = self._found(batch, devices, wants=wants)
             if found is None:
                 batch.structure.draws.places = DrawPlaces()
@@ -227,18 +231,43 @@ class Trials:
                     return judge
             except ValueError:
                 pass  # more trials tell more
-        judge = self._looked(batch, devices, wants, None)
+        judge = self._newly(batch, devices, wants)
         if judge is not None:
             self._families[family] = Known(judge.judged(), judge.findings.means)
         return judge
 
-    def _looked(self, batch: Batch, devices: int, wants: bool, known: Known | None) -> Judge | None:
+    def _newly(self, batch: Batch, devices: int, wants: bool) -> Judge | None:
+        """A judge of a family that is not known. If need be, losses in forward are weighed. As `_looked`."""
+        try:
+            judge = self._looked(batch, devices, wants, None)
+            if judge is not None:
+                judge.judged()
+            return judge
+        except NotByRowsError as error:
+            if not self._has_losses:
+                raise
+            try:
+                judge = self._looked(batch, devices, wants, None, weighs=True)
+                if judge is not None:
+                    judge.judged()
+                    return judge
+            except ValueError:
+                pass
+            raise error
+
+    def _looked(
+        self, batch: Batch, devices: int, wants: bool, known: Known | None, *, weighs: bool = False
+    ) -> Judge | None:
         """A judge that has run its trials; None if the module does not run."""
         wanted = batch.structure.wanted() if wants else ()
-        believes = _is_told(batch.structure)
-        judge = Judge(self._module, batch, _rows_of(batch, devices), wanted, known=known, believes=believes)
-        with intra_op_threads(max(1, torch.get_num_threads() // devices)):
-            runs = contextvars.copy_context().run(judge.look)
+        weighs = weighs if known is None else known.judged.weighs
+        how: dict[str, Any] = {"known": known, "believes": _is_told(batch.structure), "weighs": weighs}
+        judge = Judge(self._module, batch, _rows_of(batch, devices), wanted, **how)
+        try:
+            with intra_op_threads(max(1, torch.get_num_threads() // devices)):
+                runs = contextvars.copy_context().run(judge.look)
+        finally:
+            self._has_losses = judge.has_losses
         return judge if runs else None
 
     def _kind(self, batch: Batch, devices: int) -> tuple[Any, ...]:
