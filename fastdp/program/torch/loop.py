@@ -49,6 +49,7 @@ from fastdp.program.torch.replica import backward
 from fastdp.program.torch.rows.declared import parts_fit, rows_back, rows_first
 from fastdp.program.torch.rows.forms import OutputForm
 from fastdp.program.torch.rows.merging import merge, own_gradient
+from fastdp.program.torch.rows.reopened import layouts_in_step
 from fastdp.program.torch.sharing import Sharing, aliases_on
 from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Deal
@@ -243,6 +244,13 @@ class LoopProgram(TorchProgram):
         given = ((number, work.arrays[number]) for number in work.written)
         work.versions = {number: tensor._version for number, tensor in given if tensor is not None}
         work.requires_grad = [any(flags) for flags in zip(*(note.requires_grad for note in every), strict=True)]
+        notes.layouts = work.layouts = layouts_in_step(
+            work.batch.structure.judged,
+            notes.layouts,
+            [note.others for note in every],
+            work.requires_grad,
+            partial(self._trials.look_at_size, work.batch),
+        )
         rows = work.batch.shards
         arrays, others = iter(result.outputs), zip(*(note.others for note in every), strict=True)
         outputs = [

@@ -37,7 +37,9 @@ from fastdp.program.torch.parameter_hooks import HookedGradients, NodeHooks
 from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.random.checkpoints import REPEATED_DRAWS
 from fastdp.program.torch.replica import ReplicaContext, backward
+from fastdp.program.torch.rows.judged import Candidates
 from fastdp.program.torch.rows.outside import StepWatch
+from fastdp.program.torch.rows.reopened import check_same
 from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors import pytree
 from fastdp.tensors.collectives import StepPeers, peers_scope
@@ -88,7 +90,8 @@ class Notes:
     `found` says which parameters have a gradient; `hooked` are their hooks, `half` those in float16. `reported` are the
     numbers of the loss function that are not trained on. `trains`: whether the replica's part of the loss has a
     gradient. `writes` are what else passes have written, `merged` that of all replicas. `watch`:
-    over what all copies share.
+    over what all copies share. `open`
+    are the outputs that were the same for all rows in all trials, which may be what `left` tells.
     """
 
     outputs: Nest | None = None
@@ -103,6 +106,8 @@ class Notes:
     writes: WriteNotes | None = None
     merged: dict[Place, MergedWrite] = field(default_factory=dict)
     watch: StepWatch | None = None
+    left: dict[int, Candidates] = field(default_factory=dict)
+    open: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def agree(self, every: Sequence[Notes]) -> None:
         """Check that all replicas have drawn the same random numbers, and agree on buffers. Called before the update.
@@ -115,6 +120,7 @@ class Notes:
         self.buffers.check([note.buffers for note in every])
         if self.watch is not None:
             self.watch.check()
+        check_same(self.left, [note.open for note in every])
         self.merged = merge_writes([note.writes for note in every if note.writes is not None])
         check_equal_nests([note.reported for note in every])
         if not any(note.trains for note in every):
@@ -262,6 +268,10 @@ class Passes:
         notes = Notes(nest, part.dtype, found=state.gradients.store(part.direct), draws=structure.draws)
         notes.reported, notes.trains = part.reported, bool(part.roots or part.direct)
         notes.watch = self.watch
+        judged = structure.judged
+        if judged is not None and judged.open:
+            tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+            notes.left, notes.open = dict(judged.open), {at: tensors[at].detach() for at in judged.open}
         # In a window each call's sum over rows is a float16 number, and there is only one sum over all calls.
         may = self.scaler is not None or may_overflow(structure.autocast, part.roots)
         if may and context.index == 0 and self.accumulate == 1:

@@ -21,7 +21,15 @@ from fastdp.program.torch.nest import PLAIN
 from fastdp.program.torch.rows.declared import output_roles
 from fastdp.program.torch.rows.draws import CannotSplitError
 from fastdp.program.torch.rows.judge import FAILURES
-from fastdp.program.torch.rows.judged import Judged, candidates, is_exact, is_near, row_axis_of, state_candidates
+from fastdp.program.torch.rows.judged import (
+    Candidates,
+    Judged,
+    candidates,
+    is_exact,
+    is_near,
+    row_axis_of,
+    state_candidates,
+)
 from fastdp.program.torch.rows.trial import Run, Trial
 from fastdp.program.torch.rows.weights import Counted
 from fastdp.program.torch.rows.written import is_number
@@ -90,6 +98,15 @@ class _Check:
         self._outputs([part.outputs for part in parts], seen.outputs)
         self._states([part.states for part in parts], seen.states)
         self._written([part.written for part in parts], seen.written)
+
+    def candidates(self, numbers: Iterable[int]) -> dict[int, Candidates]:
+        """What outputs of these numbers may be."""
+        whole = _tensors(self._trial.run(0, self._batch.rows).outputs)
+        parts = [_tensors(self._trial.run(one.start, one.stop).outputs) for one in self._rows]
+        every = {at: [found[at].detach() for found in (*parts, whole)] for at in numbers}
+        return {
+            at: candidates(values[:-1], values[-1], self._counts, rough=self._rough) for at, values in every.items()
+        }
 
     def _seen(self, run: Run, places: Iterable[Place]) -> _Seen:
         """What a run has given, and had at these places and where trials have seen that it writes."""
@@ -211,3 +228,8 @@ def _others(outputs: Any) -> list[Any]:
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def left_at_size(module: nn.Module, batch: Batch, judged: Judged, numbers: Iterable[int]) -> dict[int, Candidates]:
+    """What outputs of these numbers may be, by all rows of a batch and by those of each device."""
+    return _Check(module, batch, judged, batch.shards, ()).candidates(numbers)

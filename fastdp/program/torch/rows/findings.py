@@ -107,6 +107,7 @@ class Findings:
             effects[at] = effect
         judged = Judged(None if self._trusted else known, effects, draws, self._written_arrays(), self._roles.roles())
         judged.replaced = frozenset(self._replaced)
+        judged.open = {at: found for at, found in self._outputs.items() if Effect.SAME in found and not self._trusted}
         return judged
 
     def _written_arrays(self) -> frozenset[int]:

@@ -38,6 +38,7 @@ class Judged:
         watched: whether somebody wanted a gradient by such an output.
         replaced: the buffers in whose place forward puts other tensors, by their numbers.
         weighs: losses in forward are weighed by what counts in the whole batch (`weighed_losses`).
+        open: what outputs may be that were the same for all rows in all trials, by their numbers.
     """
 
     outputs: list[Layout] | None = None
@@ -49,6 +50,7 @@ class Judged:
     watched: bool = False
     replaced: frozenset[int] = frozenset()
     weighs: bool = False
+    open: dict[int, Candidates] = field(default_factory=dict)
 
     def is_like(self, other: Judged) -> bool:
         """Whether steps do the same with other lengths."""

@@ -13,13 +13,13 @@ from torch import nn
 
 from fastdp.comm.batch import Batch
 from fastdp.program.torch.batch import Structure, undivided_batch
-from fastdp.program.torch.rows.at_size import check_at_size
+from fastdp.program.torch.rows.at_size import check_at_size, left_at_size
 from fastdp.program.torch.rows.backward import check_backward
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.rows.draws import CannotSplitError
 from fastdp.program.torch.rows.hints import of_values, refuse_packed
 from fastdp.program.torch.rows.judge import Judge, Known
-from fastdp.program.torch.rows.judged import Judged
+from fastdp.program.torch.rows.judged import Candidates, Judged
 from fastdp.program.torch.rows.loss_trial import DeclaredLoss, check_loss
 from fastdp.program.torch.rows.outside import SharedState
 from fastdp.program.torch.rows.plain import keeps_rows_apart
@@ -157,6 +157,12 @@ class Trials:
         if self._loss is not None:
             layouts = None if judged is None else judged.outputs
             self._run(at_size, check_loss, batch, self._loss, layouts, rows if is_new else None, batch.deal(devices))
+
+    def look_at_size(self, batch: Batch, numbers: Sequence[int]) -> dict[int, Candidates]:
+        """What outputs of these numbers may be, by all rows of a batch and by those of each device."""
+        judged = batch.structure.judged
+        with SharedState(self._module).undone(), intra_op_threads(torch.get_num_threads()):
+            return contextvars.copy_context().run(left_at_size, self._module, batch, judged, numbers)
 
     def _run(self, threads: int, check: Callable[..., None], batch: Batch, *args: Any) -> None:
         """Run a check of the module in a copy of the context, on so many cores."""
