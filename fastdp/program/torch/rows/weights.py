@@ -113,6 +113,14 @@ def usual_numbers(array: torch.Tensor, compared: Iterable[float]) -> list[float 
     return [None, *found[:_MOST]]
 
 
+def _count_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two ways to count give each row the same share, as with and without the first label of each row."""
+    totals = one.sum(), other.sum()
+    return torch.equal(one, other) or (
+        bool(totals[0] * totals[1]) and torch.allclose(one / totals[0], other / totals[1], rtol=1e-12, atol=0.0)
+    )
+
+
 def agreed(arrays: Sequence[torch.Tensor], ways: Sequence[Counted]) -> RowWeights:
     """What the rows of a batch count, in each of these ways.
 
@@ -121,7 +129,7 @@ def agreed(arrays: Sequence[torch.Tensor], ways: Sequence[Counted]) -> RowWeight
     """
     found = [way.of(arrays[way.place]) for way in ways]
     for other in found[1:]:
-        if not torch.equal(other, found[0]):
+        if not _count_alike(other, found[0]):
             raise ValueError(
                 "An output of the module is a mean over some entries of the batch, and fastdp cannot tell which ones. "
                 'Say it: fastdp.wrap(module, rows={"output": fastdp.mean_over(lambda labels: labels != -100)}); or use '
