@@ -147,3 +147,32 @@ def test_what_the_user_changes_between_two_steps_counts_in_the_next_one():
         TABLE.fill_(number + 1.0)
         torch.testing.assert_close(model(rows()), module(rows()))
     COUNTS["hits"] = 0
+
+
+class Options(dict):
+    """Items as attributes, as many scripts have them: what is not there is a KeyError, also where Python asks."""
+
+    __getattr__ = dict.__getitem__
+
+
+OPTIONS = Options(scale=2.0)
+
+
+class Configured(Base):
+    def forward(self, x):
+        return self.linear(x) * OPTIONS.scale
+
+
+class Holds(Configured):
+    def __init__(self):
+        super().__init__()
+        self.options = Options(shift=1.0)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_a_dict_whose_items_are_attributes_may_be_read(devices):
+    module = Configured()
+    torch.testing.assert_close(fastdp.wrap(module, gpus=devices)(rows()), module(rows()))
+    if devices > 1:  # Python cannot copy it
+        with pytest.raises(ValueError, match="cannot be copied"):
+            fastdp.wrap(Holds(), gpus=devices)(rows())

@@ -106,7 +106,7 @@ def _functions(module: nn.Module, loss_fn: Any) -> Iterator[types.FunctionType]:
         waiting += [(hook, None) for name in HOOKS[:-1] for hook in getattr(part, name).values()]
     while waiting:
         found, owner = waiting.pop()
-        function = getattr(found, "__func__", found)
+        function = found.__func__ if isinstance(found, types.MethodType) else found
         if not isinstance(function, types.FunctionType) or function in seen or not is_own(function):
             continue
         seen.add(function)

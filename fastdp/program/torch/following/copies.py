@@ -39,7 +39,11 @@ class Copied:
             fill_functions(contents, own)
             for value in contents.own_attributes:  # deepcopy leaves the copy without any
                 own[id(value)].__dict__ = own[id(value)]
-        except (TypeError, RuntimeError) as error:
+        except (
+            TypeError,
+            RuntimeError,
+            LookupError,
+        ) as error:  # LookupError: __getattr__ = dict.__getitem__
             raise ValueError(
                 f"The module {type(module).__name__} cannot be copied, and each device needs a copy of it: {error}. "
                 "Keep what cannot be copied (locks, open files) out of its attributes, or define "

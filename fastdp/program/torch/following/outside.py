@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import enum
 import functools
+import inspect
 import random
 import threading
 import types
@@ -81,10 +82,10 @@ class Outside(Contents):
         elif isinstance(value, _GENERATORS):
             self._seen[id(value)] = value
             self.host_generators.append((name, value))
-        elif isinstance(value, types.FunctionType) or not isinstance(getattr(value, "__wrapped__", None), _FUNCTION):
+        elif isinstance(value, types.FunctionType) or not isinstance(_wrapped_in(value), _FUNCTION):
             super().walk(value, name, inside=True)
         else:  # functools.cache
-            self.walk(value.__wrapped__, name, inside=True)
+            self.walk(_wrapped_in(value), name, inside=True)
 
     def _class(self, cls: type) -> None:
         """Attributes and methods of the user's classes."""
@@ -122,7 +123,7 @@ class Outside(Contents):
             value = known[key]
             if isinstance(value, type):
                 self._class(value)
-            elif isinstance(value, (threading.local, *_GENERATORS)) or hasattr(value, "__wrapped__"):
+            elif isinstance(value, (threading.local, *_GENERATORS)) or _wrapped_in(value) is not None:
                 self.walk(value, key, inside=False)
             elif isinstance(value, types.ModuleType) and is_own(value):
                 self._named(value, names)
@@ -152,6 +153,11 @@ class Outside(Contents):
 
     def _leads_back(self, outside: nn.Module) -> bool:
         return True
+
+
+def _wrapped_in(value: Any) -> Any:
+    """The function in one that was decorated; None if there is none. Objects may make attributes as they are asked."""
+    return inspect.getattr_static(value, "__wrapped__", None)
 
 
 LOSS = "loss_fn"
