@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+import fastdp.tensors.recurrent_ops  # noqa: F401 - registers operations that are asked for here, also for torch modules
+
 aten = torch.ops.aten
 
 # The layers take at least this many times as long as all else.

@@ -76,11 +76,11 @@ def _axes(work: ForwardPass, with_graph: Iterable[Hashable]) -> dict[Hashable, i
     return {**{key: layout.axis for key, layout in made}, **dict(given)}
 
 
-def _name(key: Hashable) -> str:
+def _name(key: Any) -> str:
     """A tensor's name for messages, by its key."""
     if isinstance(key, int):
         return f"output {key}"
-    first, number = key  # type: ignore[misc]
+    first, number = key
     return f"{first} {number}" if isinstance(first, str) else f"`{first.name}`"
 
 
