@@ -1,4 +1,4 @@
-"""Torch's own losses inside forward that are means over what counts: a replica's is weighed by its part of the count.
+"""Weighs losses of torch that forward computes, means over what counts, by a replica's part of the whole count.
 
 The sum of two means in which rows do not count alike (the start and the end of an answer, masked words and the next
 sentence) is no mean over rows. If each of the two is weighed where it is computed, it is one.
