@@ -1,7 +1,7 @@
 """Finds where forward decides by a number of all of its rows, which each device would decide by its own.
 
-On a few rows such a number (`if x.norm() > 5`) may lie on the same side of its limit for all rows and for some, and in a later step it does
-not. So a run takes the other way at each such place: if the outputs are others, the decision matters.
+On a few rows such a number (`if x.norm() > 5`) may lie on the same side of its limit for all rows and for some, and in
+a later step it does not. So a run takes the other way at each such place: if the outputs are others, it matters.
 """
 
 from __future__ import annotations
