@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import cpu_vec_isa
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
 from fastdp import private_files
-from fastdp.capture.compile import isolation
+from fastdp.capture.compile import compiler, isolation
 from fastdp.capture.compile import worker as compile_worker
 
 WAIT = 240.0
@@ -103,3 +106,45 @@ def test_a_graph_that_another_could_have_written_is_not_read(tmp_path):
     (tmp_path / "graph").chmod(0o666)
     with pytest.raises(PermissionError, match="must be a file of this user's own"):
         compile_worker._compiled(str(tmp_path / "graph"), {})
+
+
+@pytest.mark.skipif(compiler.missing_compiler() is not None, reason="no C++ compiler")
+def test_a_worker_tries_no_instructions_that_this_process_has_tried(tmp_path, monkeypatch):
+    """Each try is a process that loads a compiled test: six of them for a CPU with AVX-512."""
+    notes = f"""
+import sys
+note = open({str(tmp_path / "started")!r}, "a")
+sys.addaudithook(lambda event, about: event == "subprocess.Popen" and print(about[1], file=note, flush=True))
+import atexit
+def end():
+    import torch._inductor.cpu_vec_isa as one
+    print("PICKED", one.pick_vec_isa(), [*map(str, one.valid_vec_isa_list())], file=note, flush=True)
+atexit.register(end)
+"""
+    program = isolation._PROGRAM
+    monkeypatch.setattr(isolation, "_PROGRAM", notes.replace("{", "{{").replace("}", "}}") + program)
+    background = compiler.BackgroundCompiler()
+    background.prepare()
+    compiler._readying().join(WAIT)
+    module = make_fx(lambda a: [torch.tanh(a) + time.time()], tracing_mode="fake")(torch.ones(64))  # in no cache
+    job = background.submit(module, 1)
+    began = time.monotonic()
+    while not background.done(job) and time.monotonic() - began < WAIT:
+        background.set_niceness(0)
+        time.sleep(0.05)
+    background.result(job)
+    said = (tmp_path / "started").read_text()
+    assert ".cpp" in said  # it has compiled
+    assert "LoadLibrary" not in said
+    picked = f"PICKED {cpu_vec_isa.pick_vec_isa()} {[str(one) for one in cpu_vec_isa.valid_vec_isa_list()]}"
+    assert picked in said
+
+
+def test_instructions_whose_names_say_too_little_are_tried_in_each_process(monkeypatch):
+    tries = cpu_vec_isa.valid_vec_isa_list
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", tries)
+    for names in (None, ["asimd"], ["those of a later torch"]):
+        isolation.keep_instruction_sets(names)
+        assert cpu_vec_isa.valid_vec_isa_list is tries
+    isolation.keep_instruction_sets([])
+    assert cpu_vec_isa.valid_vec_isa_list() == []

@@ -209,7 +209,9 @@ def _start(job: Job) -> None:
     files = str(job.folder / "graph"), str(job.folder / "artifact")
     with (job.folder / "errors").open("wb") as errors:
         job.process = subprocess.Popen(
-            isolation.command(*files, str(job.threads), str(max(1, CORES // 2))),
+            isolation.command(
+                *files, str(job.threads), str(max(1, CORES // 2)), instruction_sets=_readying().instruction_sets
+            ),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -239,12 +241,13 @@ class _Ready(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="fastdp-compile-ready")
         self.over = False
+        self.instruction_sets: list[str] | None = None  # not known yet
 
     def run(self) -> None:
         """Run on the thread."""
         with Attempt():
             importlib.import_module("torch._inductor.compile_fx")
-            importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
+            self.instruction_sets = isolation.instruction_sets()
         self.over = True
 
 

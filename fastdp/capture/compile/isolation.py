@@ -31,13 +31,15 @@ import sys
 sys.path[:] = {paths!r}
 from fastdp.capture.compile import isolation, worker
 isolation.keep_headers({cache!r})
+isolation.keep_instruction_sets({instruction_sets!r})
 worker.main(*sys.argv[1:])
 """
 
 
-def command(*arguments: str) -> list[str]:
-    """The command line of a worker."""
-    return [sys.executable, "-I", "-c", _PROGRAM.format(paths=search_path(), cache=str(cache())), *arguments]
+def command(*arguments: str, instruction_sets: list[str] | None = None) -> list[str]:
+    """The command line of a worker. `instruction_sets`: those of `instruction_sets()`; None: the worker tries them."""
+    program = _PROGRAM.format(paths=search_path(), cache=str(cache()), instruction_sets=instruction_sets)
+    return [sys.executable, "-I", "-c", program, *arguments]
 
 
 def keep_headers(folder: str) -> None:
@@ -50,6 +52,28 @@ def keep_headers(folder: str) -> None:
     if headers != codecache._HEADER_DIR:
         codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = headers, os.path.join(headers, "locks")
         codecache._precompile_header.cache_clear()  # it may know paths in the other folder
+
+
+def instruction_sets() -> list[str]:
+    """The CPU's vector instructions for which Inductor's code can be compiled and loaded here, by its names.
+
+    Inductor compiles a test for each once, and starts a process to load it each time that it asks.
+    """
+    cpu_vec_isa: Any = importlib.import_module("torch._inductor.cpu_vec_isa")
+    cpu_vec_isa.pick_vec_isa()
+    return [str(one) for one in cpu_vec_isa.valid_vec_isa_list()]
+
+
+def keep_instruction_sets(names: list[str] | None) -> None:
+    """Let Inductor in this process use these vector instructions, which another process has tried; None: it tries."""
+    cpu_vec_isa: Any = importlib.import_module("torch._inductor.cpu_vec_isa")
+    known = [*cpu_vec_isa.supported_vec_isa_list]
+    found = [[one for one in known if str(one) == name] for name in names or ()]
+    if names is None or any(len(ones) != 1 for ones in found):  # two sets of ARM have one name, and are not tried
+        return
+    cpu_vec_isa.valid_vec_isa_list = lambda: [one for (one,) in found]
+    for (one,) in found:
+        type(one).__bool__ = lambda self: True  # asks for a try
 
 
 def environment(temporary: Path) -> dict[str, str]:
