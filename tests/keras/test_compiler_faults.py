@@ -43,7 +43,7 @@ def _nothing_is_left(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _ready(monkeypatch):
     """What the thread loads takes seconds, and has a test of its own."""
-    monkeypatch.setattr(background, "_readying", lambda: SimpleNamespace(over=True))
+    monkeypatch.setattr(background, "_readying", lambda: SimpleNamespace(over=True, instruction_sets=None))
 
 
 def made():
