@@ -93,3 +93,22 @@ def test_a_smaller_last_batch_is_looked_at_by_itself() -> None:
     parallel.train_on_batch(X[:3], Y[:3])  # no difference yet
     with pytest.raises(ValueError, match="something else for 5 rows"):
         parallel.train_on_batch(X[:5], Y[:5])
+
+
+@pytest.mark.filterwarnings("ignore:fastdp. ")
+@pytest.mark.parametrize("own_step", [False, True])
+def test_each_of_many_numbers_of_rows_is_looked_at(own_step: bool) -> None:
+    def losses(trainer: Any, model: keras.Model) -> list[Any]:
+        trainer.compile("sgd", "mse")
+        (model.many if own_step else model.layers[1]).most = 15
+        return [trainer.train_on_batch(X[:rows], Y[:rows]) for rows in (4, 5, 6, 7, 8, 9, 10, 17)]
+
+    plain, model = made("all", own_step=own_step), made("all", own_step=own_step)
+    expected = losses(plain, plain)
+    fastdp.install(3)
+    try:
+        np.testing.assert_allclose(losses(model, model), expected, rtol=1e-5)
+    finally:
+        fastdp.uninstall()
+    for one, other in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

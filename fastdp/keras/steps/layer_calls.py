@@ -139,6 +139,9 @@ class LayerCalls:
             self.postponed = self.postponed or kind.open
             return Attempt(why_not=kind.why_not or _UNFIT_MASK, open=kind.open and kind.tries < 2)
         assert kind.effects is not None
+        if kind.effects.asks_of_size(dealt.batch.rows) and not self._is_alike(kind.effects, dealt):
+            kind.why_not = kind.effects.refused
+            return Attempt(why_not=kind.why_not)
         try:
             try:
                 return Attempt(on_devices(self, kind.effects, dealt))

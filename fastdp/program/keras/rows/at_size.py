@@ -20,6 +20,7 @@ from fastdp.program.keras.rows.units import Recorder
 from fastdp.shard import Rows
 from fastdp.tensors.row_effects import MIXED_TOLERANCE, Layout
 
+MOST_SIZES = 64  # numbers of rows that are looked at
 _MOST = 1 / 500  # of the entries of an output may differ: rounding decides between equal ones
 
 

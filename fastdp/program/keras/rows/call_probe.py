@@ -23,7 +23,7 @@ from fastdp.program.keras.batch import Structure, unpack
 from fastdp.program.keras.batch_norm import statistics
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.plain_outputs import is_same
-from fastdp.program.keras.rows.at_size import differs_at_size
+from fastdp.program.keras.rows.at_size import MOST_SIZES, differs_at_size
 from fastdp.program.keras.rows.backward import BackwardTrial, Forward
 from fastdp.program.keras.rows.probe import Effects, generators_kept
 from fastdp.program.keras.rows.written import Writes
@@ -90,6 +90,11 @@ class LayerEffects(Effects):
     tried = False
     refused: str | None = None
     numbers: Sequence[Effect] = ()
+    _sizes: frozenset[int] | None = None  # the numbers of rows that were looked at; None: none has to be
+
+    def asks_of_size(self, count: int) -> bool:
+        """Whether `check_at_size` has to look at calls of `count` rows."""
+        return self._sizes is not None and count not in self._sizes and len(self._sizes) < MOST_SIZES
 
     def take_as_known(self) -> None:
         """Skip the trial: the layer keeps rows apart, adds no losses and assigns nothing."""
@@ -215,6 +220,8 @@ class LayerEffects(Effects):
         Args:
             parts: the rows of each device.
         """
+
+        self._sizes = (self._sizes or frozenset()) | {len(batch[0])}
 
         def outputs(start: int, stop: int) -> list[Any]:
             seen = self._on_rows(call, batch, structure, shared, start, stop)

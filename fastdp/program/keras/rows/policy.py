@@ -23,7 +23,7 @@ from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import running
-from fastdp.program.keras.rows.at_size import differs_at_size, model_at_size
+from fastdp.program.keras.rows.at_size import MOST_SIZES, differs_at_size, model_at_size
 from fastdp.program.keras.rows.backward import BackwardTrial
 from fastdp.program.keras.rows.known_layers import KnownLayers, hooks_of, why_overwritten
 from fastdp.program.keras.rows.mixing import Tried, capital, said_of, title
@@ -168,10 +168,10 @@ class ModelEffects(Effects):
     def asks_of_size(self, count: int) -> bool:
         """Whether `check_at_size` would run the model on a batch of `count` rows."""
         known = not self._trials or self.alone or self._plans or self._policy.rows == "replica"
-        return not known and count > 3 and count not in self._sizes and len(self._sizes) < _MOST_TRIALS
+        return not known and count > 3 and count not in self._sizes and len(self._sizes) < MOST_SIZES
 
     def check_at_size(self, batch: Sequence[np.ndarray], structure: Structure, parts: Sequence[Rows]) -> None:
-        """Check, for each of a few numbers of rows, that devices together give what the model gives for all rows.
+        """Check, for each number of rows that is new, that devices together give what the model gives for all rows.
 
         Args:
             batch, structure: all rows.
