@@ -93,8 +93,9 @@ class Record(Watch):
         """As in `Watch`."""
         super().array(array, what)
         if array.flags.writeable and not array.dtype.hasobject and array.nbytes <= _MOST_NBYTES:
-            self._places[id(array), "content"] = _Place(what, array.copy, array.copy())
-            self._arrays.append((array, array.copy()))
+            content = array.copy()
+            self._places[id(array), "content"] = _Place(what, array.copy, content)
+            self._arrays.append((array, content))
 
     def memory(self, value: Any, what: str) -> None:
         """As in `Watch`."""
