@@ -107,3 +107,32 @@ class Perplexity(Answers):
 def test_what_is_no_sum_of_such_means_is_refused():
     with pytest.raises(ValueError, match="cannot be merged"):
         fastdp.wrap(Perplexity(), gpus=3)(*Answers.data(0))
+
+
+class Tasks(nn.Module):
+    """Two losses with learned weights, the first one over labels that the first rows do not have."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.classes, self.number = nn.Linear(4, 3).double(), nn.Linear(4, 1).double()
+        self.uncertain = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x, labels):
+        found = F.cross_entropy(self.classes(x), labels, ignore_index=-100)
+        other = F.mse_loss(self.number(x).squeeze(1), x[:, 0])
+        return found, other, (-self.uncertain).exp() @ torch.stack([found, other]) + self.uncertain.sum()
+
+
+@pytest.mark.parametrize("devices", SEVERAL)
+def test_rows_without_labels_do_not_hide_the_gradients_of_the_others(devices):
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = torch.cat([torch.full((5,), -100), integers(3, 7)])
+    plain, module = Tasks(), Tasks()
+    model = fastdp.wrap(module, gpus=devices)
+    for _ in range(2):
+        found, expected = model(x, labels), plain(x, labels)
+        torch.testing.assert_close(found, expected)
+        found[2].backward()
+        expected[2].backward()
+    torch.testing.assert_close([one.grad for one in module.parameters()], [one.grad for one in plain.parameters()])
