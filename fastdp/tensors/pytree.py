@@ -7,6 +7,7 @@ registered as. Nothing is registered for a user's class: other code sees it as b
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree
@@ -162,8 +164,48 @@ def _with_nodes(tree: Any, whole: Collection[int] = ()) -> Any:
     )
 
 
+_LEAVES = frozenset((torch.Tensor, nn.Parameter, np.ndarray, type(None), bool, int, float, str))
+_MOST_KNOWN = 1000
+_known: dict[Any, TreeSpec] = {}  # by shape
+
+
+class _NoShapeError(Exception):
+    """A nest consists of more than Python's own containers."""
+
+
+def _shape_of(tree: Any, leaves: list[Any]) -> Any:
+    """What nests of one structure have in common. Appends the leaves."""
+    kind = type(tree)
+    if kind in _LEAVES:
+        leaves.append(tree)
+        return None
+    if kind is tuple or kind is list:
+        return (kind, *[_shape_of(one, leaves) for one in tree])
+    if kind is not dict or any([type(key) is not str for key in tree]):  # noqa: C419
+        raise _NoShapeError
+    return (dict, *tree, *[_shape_of(one, leaves) for one in tree.values()])
+
+
 def tree_flatten(tree: Any, whole: Collection[int] = ()) -> tuple[list[Any], TreeSpec]:
     """The leaves of a nest, and its structure. `whole` are the identities of records that are leaves."""
+    leaves: list[Any] = []
+    try:
+        shape = _shape_of(tree, leaves)
+    except (_NoShapeError, RecursionError):
+        return _flatten(tree, whole)
+    known = _known.get(shape)
+    if known is not None:
+        return leaves, known
+    found, spec = _flatten(tree, whole)
+    if len(found) == len(leaves) and all(map(operator.is_, found, leaves)):  # in torch's order
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[shape] = spec
+    return found, spec
+
+
+def _flatten(tree: Any, whole: Collection[int]) -> tuple[list[Any], TreeSpec]:
+    """As `tree_flatten`, of any nest."""
     leaves, spec = _pytree.tree_flatten(tree)
     for leaf in leaves:
         if is_record(leaf):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 import typing
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -128,3 +130,38 @@ def test_structures_reach_other_processes():
     for value in (Pair(Slotted(1), Output(a=Named(2))), {"a": [1, 2]}):
         spec = pytree.tree_structure(value)
         assert wire.loads(wire.dumps(spec, ()), ()) == spec
+
+
+TREES = [
+    torch.ones(2),
+    None,
+    (),
+    ((torch.ones(2), 3), {"b": [1.5, "x"], "a": None}, (np.ones(2),)),
+    {"a": {}, "b": (), "c": []},
+    {1: torch.ones(2), True and "b": 2},
+    [OrderedDict(a=1), defaultdict(list, a=[2])],
+    (torch.nn.Parameter(torch.ones(2)), torch.Size([2, 3])),
+    {"a": 1, "b": 2},
+    {"b": 1, "a": 2},
+]
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_nests_have_torchs_leaves_and_structure_also_when_their_shape_is_known(tree):
+    leaves, spec = _pytree.tree_flatten(tree)
+    for _ in range(3):
+        found, known = pytree.tree_flatten(tree)
+        assert known == spec
+        assert len(found) == len(leaves)
+        assert all(map(operator.is_, found, leaves))
+    other = pytree.tree_unflatten([10 + i for i in range(len(leaves))], known)
+    assert pytree.tree_flatten(other)[1] == _pytree.tree_flatten(other)[1]
+
+
+def test_nests_of_a_known_shape_are_not_taken_apart_again(monkeypatch):
+    nest = lambda: ((torch.ones(2),), {"known shape": 1}, ())  # noqa: E731
+    pytree.tree_flatten(nest())
+    monkeypatch.setattr(_pytree, "tree_flatten", None)
+    assert len(pytree.tree_flatten(nest())[0]) == 2
+    with pytest.raises(TypeError):
+        pytree.tree_flatten(((1,), {"another shape": 1}, ()))
