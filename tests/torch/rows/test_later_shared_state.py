@@ -176,3 +176,21 @@ def test_a_dict_whose_items_are_attributes_may_be_read(devices):
     if devices > 1:  # Python cannot copy it
         with pytest.raises(ValueError, match="cannot be copied"):
             fastdp.wrap(Holds(), gpus=devices)(rows())
+
+
+def test_what_the_user_puts_in_place_of_a_plain_value_between_two_steps_is_no_error():
+    class Reads(Base):
+        factor = 2.0
+
+        def forward(self, x):
+            factor = type(self).factor
+            return self.linear(x) * (factor() if callable(factor) else factor) * SETTINGS.scale
+
+    module = Reads()
+    SETTINGS.scale = 1.0
+    model = fastdp.wrap(module, gpus=3)
+    for number, factor in enumerate((2.0, lambda: 3.0, torch.ones(1).double(), None, 4.0)):
+        Reads.factor = factor if factor is not None else 5
+        SETTINGS.scale = 1.0 if number < 3 else torch.ones(())
+        torch.testing.assert_close(model(rows()), module(rows()))
+    del SETTINGS.scale

@@ -242,14 +242,23 @@ class StepWatch:
     stays_in_process = True
 
     def __init__(self, module: nn.Module, own: Contents, loss_fn: Any = None) -> None:
-        contents = Outside(module, [slot.tensor for slot in slots_of(module)], loss_fn)
-        contents.leave_out(own)
-        self._guard = Guard(contents)
+        self._module, self._own, self._loss_fn = module, own, loss_fn
+        self._guard = self._look()
+
+    def _look(self) -> Guard:
+        """A guard of what is shared now."""
+        contents = Outside(self._module, [slot.tensor for slot in slots_of(self._module)], self._loss_fn)
+        contents.leave_out(self._own)
+        return Guard(contents)
 
     def begin(self) -> None:
         """Called before a step: take what there is now."""
-        if self._guard.wrote():
+        if not self._guard.wrote():
+            return
+        if self._guard.keeps_kinds():
             self._guard.record()
+        else:  # the user has put something else there
+            self._guard = self._look()
 
     def check(self) -> None:
         """Called after the passes of a step. Entries that were added to a dict or to an object stay: all make the same.
