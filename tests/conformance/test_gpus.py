@@ -61,7 +61,8 @@ def test_the_order_of_a_list_is_the_order_of_the_rows(gpus: Any, capsys: pytest.
 
     class Where(keras.layers.Layer):
         def call(self, x: Any) -> Any:
-            print(threading.current_thread().name.replace("MainThread", first), int(x[0, 0]))  # noqa: T201 - all write
+            name = threading.current_thread().name.replace("MainThread", first)
+            print(name, int(x[0, 0]))  # noqa: T201 - all devices would write a list
             return x
 
     parallel = fastdp.multi_gpu_model(keras.Sequential([keras.Input((1,)), Where()]), gpus=gpus)
