@@ -71,6 +71,8 @@ def _same(value: Any, other: Any) -> bool:
         return value is other or (isinstance(value, _PLAIN) and value == other)
     if len(value) != len(other) or (type(value) is dict and list(value) != list(other)):
         return False
+    if type(value) is set:  # a copy may have another order
+        return bool(value == other)
     pairs = zip(value.values(), other.values(), strict=True) if type(value) is dict else zip(value, other, strict=True)
     return all(_same(one, two) for one, two in pairs)
 

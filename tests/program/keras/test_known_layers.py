@@ -11,7 +11,7 @@ import fastdp
 from fastdp.program.keras.batch import flatten_batch
 from fastdp.program.keras.rows import policy as keras_row_policy
 from fastdp.program.keras.rows import probe
-from fastdp.program.keras.rows.known_layers import ROWS_APART, keeps_rows_apart
+from fastdp.program.keras.rows.known_layers import ROWS_APART, KnownLayers, keeps_rows_apart
 
 layers = keras.layers
 
@@ -165,3 +165,12 @@ def test_a_known_model_is_not_run_before_its_first_step(monkeypatch):
     parallel.compile("sgd", "mse")
     parallel.train_on_batch(np.ones((4, 4), "float32"), np.ones((4, 4), "float32"))
     fastdp.set_virtual_devices(0)
+
+
+def test_what_else_a_model_of_known_layers_holds_is_not_looked_at():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.batches = iter([1, 2])
+    known = KnownLayers(model)
+    assert known
+    assert known
+    assert next(model.batches) == 1

@@ -22,8 +22,14 @@ from fastdp.capture.watch import Watch
 
 # Attributes of every layer that a call reads.
 _READ_OF_EVERY_LAYER = {"_dtype_policy", "activity_regularizer", "_trainable", "autocast", "_supports_masking"}
-_UNREAD_OF_MODELS = {"history", "stop_training", "_epoch_iterator", "_nodes", "_nodes_by_depth", "_operations_by_depth"}
-_UNREAD_OF_MODELS |= {
+_UNREAD_OF_MODELS = {
+    "history",
+    "stop_training",
+    "_epoch_iterator",
+    "_eval_epoch_iterator",
+    "_nodes",
+    "_nodes_by_depth",
+    "_operations_by_depth",
     "_compile_config",
     "_compiled_trainable_state",
     "_inputs",

@@ -14,8 +14,9 @@ import keras
 import numpy as np
 from torch.nn.modules import module as torch_module
 
+from fastdp.capture.reach import Reach
 from fastdp.capture.watch import Watch
-from fastdp.program.keras.capture.reach import reach_of
+from fastdp.program.keras.capture.reach import KerasRules
 
 layers = keras.layers
 # Layers whose output for a row depends on that row alone, and BatchNormalization, which fastdp runs across devices.
@@ -66,6 +67,13 @@ def keeps_rows_apart(model: keras.Model) -> bool:
     )
 
 
+class _Settings(Reach):
+    """A walk over what known layers read, which are numbers and names; whatever else a model holds is not looked at."""
+
+    def cannot_follow(self, why: str) -> None:
+        """Go on."""
+
+
 class KnownLayers:
     """Whether a model is made of known layers now. Asks again only when something that layers read has changed.
 
@@ -80,7 +88,7 @@ class KnownLayers:
     def __bool__(self) -> bool:
         if self._watch is None or self._watch.changed():
             self._watch, self._are_known = Watch(), keeps_rows_apart(self._model)
-            reach = reach_of(self._watch, self._model.variables)
+            reach = _Settings(self._watch, self._model.variables, KerasRules())
             for layer in self._model._flatten_layers() if self._are_known else ():
                 reach.walk(layer, layer.name)
         return self._are_known
