@@ -122,6 +122,23 @@ def test_a_compiler_gets_the_cores_that_training_leaves_until_somebody_waits_for
     parallel.compile("sgd", "mse")
 
 
+def test_a_compiler_that_training_leaves_nothing_gets_its_share_after_a_while(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(background.niceness, "set_group", lambda process, value: not set_to.append(value))
+    compiler = BackgroundCompiler()
+    job = Job(b"", [], 1, process=types.SimpleNamespace(pid=0, poll=lambda: None), began=time.monotonic())
+    job.niceness = YIELDING
+    compiler._started.append(job)
+    assert not compiler.done(job)
+    assert job.niceness == YIELDING
+    job.began -= background.niceness.YIELDING_SECONDS
+    for _ in range(2):
+        assert not compiler.done(job)
+        assert job.niceness == SHARING
+    assert set_to == [SHARING]
+    compiler._started.clear()
+
+
 def test_a_change_of_niceness_that_is_refused_for_now_is_tried_again(monkeypatch):
     """Without privileges Linux allows one in a tenth of a second."""
     answers = [False, True]

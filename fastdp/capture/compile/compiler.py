@@ -124,7 +124,10 @@ class BackgroundCompiler:
             return False
         if job.process.poll() is not None:
             return _readying().over
-        return time.monotonic() - job.began > self._timeout
+        worked = time.monotonic() - job.began
+        if worked > niceness.YIELDING_SECONDS:
+            self.set_niceness(niceness.SHARING)
+        return worked > self._timeout
 
     def result(self, job: Job) -> Run:
         """Return the compiled step of a finished job. It takes the graph's arguments and returns a sequence.

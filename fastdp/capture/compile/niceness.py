@@ -1,4 +1,6 @@
-"""How much of the cores a compiler's process gets beside the training: what is left, or its share if that waits.
+"""How much of the cores a compiler's process gets beside the training: what is left, or its share after a while.
+
+While somebody waits for it, it has its share at once.
 
 Where Linux groups processes by session (sched_autogroup_enabled), a niceness counts within its group alone. A worker
 has a session of its own, so the group has to have one: `man 7 sched`, "The autogroup feature".
@@ -11,6 +13,9 @@ from pathlib import Path
 # A helper thread of OpenMP that loses its core to a compiler keeps all others of the training waiting, awake.
 YIELDING = 19
 SHARING = 0
+# Training that leaves nothing would go on for minutes without what is compiled: a worker that has not ended by then
+# gets its share.
+YIELDING_SECONDS = 30.0
 
 
 def set_group(process: int, niceness: int) -> bool:
