@@ -119,6 +119,18 @@ def default_dtype_policy() -> Iterator[None]:
     keras.config.set_dtype_policy(before)
 
 
+@pytest.fixture
+def keras_float64() -> Iterator[None]:
+    """Everything in float64; afterwards nothing is installed."""
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    fastdp.uninstall()
+    keras.config.set_floatx(before)
+    keras.config.set_dtype_policy(before)
+
+
 @pytest.fixture(scope="session")
 def twins() -> type[Twins]:
     """The class of recipes."""

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
 import torch
+from own_step import OwnStep
 
 import fastdp
 
+pytestmark = pytest.mark.usefixtures("keras_float64")
 layers, ops = keras.layers, keras.ops
 rng = np.random.default_rng(0)
 X, Y = rng.normal(size=(11, 3)), rng.normal(size=(11, 2))
 TOLERANCE = 1e-6  # Keras multiplies matrices of float64 in float32
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    fastdp.uninstall()
-    keras.config.set_floatx(before)
-    keras.config.set_dtype_policy(before)
 
 
 class Function(torch.autograd.Function):
@@ -79,33 +70,10 @@ class Gradient(layers.Layer):
         return WAYS[self.way](x, self.of)
 
 
-class OwnStep(keras.Model):
-    """Calls its layers from a step of its own."""
-
-    def __init__(self, way: str, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.inner = keras.Sequential([keras.Input((3,)), layers.Dense(3, "tanh"), Gradient(way, of), layers.Dense(2)])
-        self.built = True
-
-    def call(self, x: Any) -> Any:
-        return self.inner(x)
-
-    def train_step(self, data: Any) -> Any:
-        x, y = data
-        self.zero_grad()
-        loss = ops.mean(ops.square(y - self(x, training=True)))
-        loss.backward()
-        with torch.no_grad():
-            self.optimizer.apply([v.value.grad for v in self.trainable_weights], self.trainable_weights)
-        self._loss_tracker.update_state(loss)
-        return {"loss": self._loss_tracker.result()}
-
-
 def made(way: str, of: Callable[[torch.Tensor], torch.Tensor], *, own: bool = False) -> keras.Model:
     keras.utils.set_random_seed(2)
-    if own:
-        return OwnStep(way, of)
-    return keras.Sequential([keras.Input((3,)), layers.Dense(3, "tanh"), Gradient(way, of), layers.Dense(2)])
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(3, "tanh"), Gradient(way, of), layers.Dense(2)])
+    return OwnStep(model) if own else model
 
 
 def trained(model: Any, of: keras.Model) -> list[Any]:

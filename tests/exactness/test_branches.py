@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
-import torch
+from own_step import OwnStep
 
 import fastdp
 
+pytestmark = pytest.mark.usefixtures("keras_float64")
 layers, ops = keras.layers, keras.ops
 rng = np.random.default_rng(0)
 X, Y = rng.normal(size=(24, 3)).clip(-2, 2), rng.normal(size=(24, 2))
 X[21, 0] = 5.0  # in the last of four batches of six
 TOLERANCE = 1e-6  # Keras multiplies matrices of float64 in float32
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    fastdp.uninstall()
-    keras.config.set_floatx(before)
-    keras.config.set_dtype_policy(before)
 
 
 def by_if(x: Any) -> Any:
@@ -59,29 +49,10 @@ class By(layers.Layer):
         return self.of(x)
 
 
-class OwnStep(keras.Model):
-    def __init__(self, of: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.inner = keras.Sequential([keras.Input((3,)), By(of), layers.Dense(2)])
-        self.built = True
-
-    def call(self, x: Any) -> Any:
-        return self.inner(x)
-
-    def train_step(self, data: Any) -> Any:
-        x, y = data
-        self.zero_grad()
-        loss = ops.mean(ops.square(y - self(x, training=True)))
-        loss.backward()
-        with torch.no_grad():
-            self.optimizer.apply([v.value.grad for v in self.trainable_weights], self.trainable_weights)
-        self._loss_tracker.update_state(loss)
-        return {"loss": self._loss_tracker.result()}
-
-
 def made(of: Callable[[Any], Any], *, own: bool = False) -> keras.Model:
     keras.utils.set_random_seed(2)
-    return OwnStep(of) if own else keras.Sequential([keras.Input((3,)), By(of), layers.Dense(2)])
+    model = keras.Sequential([keras.Input((3,)), By(of), layers.Dense(2)])
+    return OwnStep(model) if own else model
 
 
 def trained(model: Any, template: keras.Model) -> list[Any]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
-import torch
+from own_step import OwnStep
 
 import fastdp
 
+pytestmark = pytest.mark.usefixtures("keras_float64")
 layers, ops = keras.layers, keras.ops
 rng = np.random.default_rng(0)
 X, Y = rng.normal(size=(11, 3)), rng.normal(size=(11, 2))
@@ -20,15 +21,8 @@ FLAGS = {"on": False}
 
 
 @pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
+def _off() -> None:
     FLAGS["on"] = False
-    yield
-    fastdp.uninstall()
-    keras.config.set_floatx(before)
-    keras.config.set_dtype_policy(before)
 
 
 class Changing(layers.Layer):
@@ -57,25 +51,6 @@ class Changing(layers.Layer):
         if self.how == "assigns":
             self.total.assign_add(ops.sum(x**2) if on else ops.mean(x**2))
         return x * 1.0
-
-
-class OwnStep(keras.Model):
-    def __init__(self, inner: keras.Model) -> None:
-        super().__init__()
-        self.inner, self.built = inner, True
-
-    def call(self, x: Any) -> Any:
-        return self.inner(x)
-
-    def train_step(self, data: Any) -> Any:
-        x, y = data
-        self.zero_grad()
-        loss = ops.mean(ops.square(y - self.inner(x, training=True))) + sum(self.losses)
-        loss.backward()
-        with torch.no_grad():
-            self.optimizer.apply([v.value.grad for v in self.trainable_weights], self.trainable_weights)
-        self._loss_tracker.update_state(loss)
-        return {"loss": self._loss_tracker.result()}
 
 
 class At(keras.callbacks.Callback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -12,21 +12,11 @@ import torch
 
 import fastdp
 
+pytestmark = pytest.mark.usefixtures("keras_float64")
 layers = keras.layers
 rng = np.random.default_rng(0)
 X, Y = rng.normal(size=(11, 3)), rng.normal(size=(11, 2))
 TOLERANCE = 1e-6  # Keras multiplies matrices of float64 in float32
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    fastdp.uninstall()
-    keras.config.set_floatx(before)
-    keras.config.set_dtype_policy(before)
 
 
 def clip_by_norm(gradient: torch.Tensor) -> torch.Tensor:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
-import torch
+from own_step import OwnStep
 
 import fastdp
 
+pytestmark = pytest.mark.usefixtures("keras_float64")
 layers, ops = keras.layers, keras.ops
 rng = np.random.default_rng(0)
 X, Y = rng.normal(size=(11, 3)), rng.normal(size=(11, 2))
 TOLERANCE = 1e-6  # Keras multiplies matrices of float64 in float32
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    fastdp.uninstall()
-    keras.config.set_floatx(before)
-    keras.config.set_dtype_policy(before)
 
 
 class Kept(keras.Model):
@@ -70,18 +59,11 @@ class UsedByLoss(Kept):
         return ops.mean(ops.square(y - y_pred)) + 0.3 * ops.mean(ops.abs(self.code))
 
 
-class UsedByStep(Kept):
+class UsedByStep(Kept, OwnStep):
     """A step of its own looks at what call() has kept."""
 
-    def train_step(self, data: Any) -> Any:
-        x, y = data
-        self.zero_grad()
-        loss = ops.mean(ops.square(y - self(x, training=True))) + 0.3 * ops.mean(ops.abs(self.code))
-        loss.backward()
-        with torch.no_grad():
-            self.optimizer.apply([v.value.grad for v in self.trainable_weights], self.trainable_weights)
-        self._loss_tracker.update_state(loss)
-        return {"loss": self._loss_tracker.result()}
+    def loss_of(self, x: Any, y: Any) -> Any:
+        return super().loss_of(x, y) + 0.3 * ops.mean(ops.abs(self.code))
 
 
 def made(kind: type[Kept], how: str) -> Kept:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 import fastdp
 
+pytestmark = pytest.mark.usefixtures("keras_float64")
 layers, ops = keras.layers, keras.ops
 rng = np.random.default_rng(0)
 X, Y = rng.normal(size=(11, 3)).clip(-2, 2), rng.normal(size=(11, 2))
@@ -36,18 +36,11 @@ class Helper:
 
 
 @pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
+def _nothing_kept() -> None:
     global COUNT  # noqa: PLW0603
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
     COUNT = 0
     KEPT.clear()
     Outside.number = 0
-    yield
-    fastdp.uninstall()
-    keras.config.set_floatx(before)
-    keras.config.set_dtype_policy(before)
 
 
 class Outside(layers.Layer):

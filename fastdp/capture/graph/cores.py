@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-import fastdp.tensors.recurrent_ops  # noqa: F401 - registers operations that are asked for here, also for torch modules
+from fastdp.capture.graph.products import value_of
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ _PASSES = 3  # multiply-adds of forward and backward, by those of forward
 _PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
 _LSTM, _RNN = "fastdp::lstm_onednn", "fastdp::rnn_layer"
 _LAYERS = {_LSTM, _RNN, f"{_LSTM}_backward", f"{_RNN}_backward"}
-_OTHER_WORK = {"convolution", "convolution_backward", "embedding_dense_backward"}
+_OTHER_WORK = ("aten::convolution", "aten::embedding_dense_backward")
 
 
 def layers_lead(graph: Graph) -> bool:
@@ -37,11 +37,10 @@ def layers_lead(graph: Graph) -> bool:
         return False
     rest = 0
     for node in graph.nodes:
-        name = node.target._opname if isinstance(node.target, torch._ops.OpOverload) else ""
-        if name in _OTHER_WORK or "attention" in name:
+        name = _name_of(node)
+        if name.startswith(_OTHER_WORK) or "attention" in name:
             return False
-        if not _is_layer(node):
-            rest += _work(node)
+        rest += 0 if name in _LAYERS else _work(node)
     return _PASSES * sum(layers) >= LEAD * rest
 
 
@@ -50,17 +49,13 @@ def _name_of(node: Node) -> str:
     return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
-def _is_layer(node: Node) -> bool:
-    return _name_of(node) in _LAYERS
-
-
 def _layer(node: Node) -> Iterator[int]:
     """The multiply-adds of the forward pass of a layer whose rows are in several parts, if a node is one."""
     arguments: Any = node.args
     if _name_of(node) == _LSTM:
-        (rows, steps, features), units = _value(arguments[0]).shape, _value(arguments[1]).shape[-1]
+        (rows, steps, features), units = value_of(arguments[0]).shape, value_of(arguments[1]).shape[-1]
     elif _name_of(node) == _RNN:
-        (steps, rows, features), units = _value(arguments[0]).shape, _value(arguments[5]).shape[-1]
+        (steps, rows, features), units = value_of(arguments[0]).shape, value_of(arguments[5]).shape[-1]
     else:
         return
     if arguments[-1] > 1:
@@ -71,7 +66,7 @@ def _work(node: Node) -> int:
     """The work of an operation, as multiply-adds."""
     arguments: Any = node.args
     if node.target in _PRODUCTS:
-        a, b = (_value(one).shape for one in arguments[_PRODUCTS[node.target] :][:2])
+        a, b = (value_of(one).shape for one in arguments[_PRODUCTS[node.target] :][:2])
         return math.prod(a) * b[-1]
     value = node.meta.get("val")
     copies = isinstance(value, torch.Tensor) and isinstance(node.target, torch._ops.OpOverload) and not _is_view(node)
@@ -82,8 +77,3 @@ def _is_view(node: Node) -> bool:
     """Whether an operation only gives another name to memory."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.returns) and schema.returns[0].alias_info is not None
-
-
-def _value(node: Node) -> Any:
-    """The fake value of a node: its shape, strides and dtype."""
-    return node.meta["val"]

@@ -108,21 +108,21 @@ def _product(node: Node) -> Product | None:
         return _of(*arguments)
     if node.target is torch.ops.fastdp.mm_into.default:
         return _of(*arguments[1:], stored=True)
-    if node.target is aten.addmm.default and _value(arguments[0]).ndim == 1:
-        wide = _value(arguments[0]).shape == _value(arguments[2]).shape[1:]  # not one number for all columns
+    if node.target is aten.addmm.default and value_of(arguments[0]).ndim == 1:
+        wide = value_of(arguments[0]).shape == value_of(arguments[2]).shape[1:]  # not one number for all columns
         return _of(*arguments[1:], has_bias=True) if wide else None
     return None
 
 
 def _of(a: Node, b: Node, *, has_bias: bool = False, stored: bool = False) -> Product | None:
     """The product of two nodes; None if it has no numbers, or others than fp32."""
-    values = _value(a), _value(b)
+    values = value_of(a), value_of(b)
     if any(one.dtype != torch.float32 or one.numel() == 0 for one in values):
         return None
     left, right = ((tuple(one.shape), tuple(one.stride())) for one in values)
     return Product(left, right, has_bias=has_bias, stored=stored)
 
 
-def _value(node: Node) -> Any:
+def value_of(node: Any) -> Any:
     """The fake value of a node: its shape, strides and dtype."""
     return node.meta["val"]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fastdp.capture.graph.products import Product, onednn_products, products_in_place
+from fastdp.capture.graph.products import Product, onednn_products, products_in_place, value_of
 
 aten = torch.ops.aten
 _FUSED = torch.ops.mkldnn._convolution_pointwise.default if torch.backends.mkldnn.is_available() else None
@@ -44,7 +44,7 @@ def for_compiler(module: GraphModule, onednn_is_faster: Callable[[Product], bool
 
 def _on_cpu(graph: Graph) -> bool:
     """Whether all of a graph's inputs are in host memory."""
-    return all(_value(node).device.type == "cpu" for node in graph.find_nodes(op="placeholder"))
+    return all(value_of(node).device.type == "cpu" for node in graph.find_nodes(op="placeholder"))
 
 
 def fuse_convolutions(graph: Graph) -> None:
@@ -74,7 +74,7 @@ def _may_fuse(convolution: Node) -> bool:
 
     With one channel, strides do not determine the operand's layout, and oneDNN would choose the other one.
     """
-    value, operand, weights = _value(convolution), _value(convolution.args[0]), _value(convolution.args[1])
+    value, operand, weights = value_of(convolution), value_of(convolution.args[0]), value_of(convolution.args[1])
     own_bias, transposed = convolution.args[2], convolution.args[6]
     plain = own_bias is None and not transposed and value.ndim == 4 and value.dtype == torch.float32
     return (
@@ -90,9 +90,9 @@ def _bias(added: Node, permuted: Node) -> Node | None:
     if len(added.args) != 2 or added.kwargs or not isinstance(other, Node) or other.target is not aten.view.default:
         return None
     vector: Any = other.args[0]
-    channels = _value(permuted).shape[-1]
-    shaped = list(_value(other).shape) == [1] * (_value(permuted).ndim - 1) + [channels]
-    return vector if shaped and list(_value(vector).shape) == [channels] else None
+    channels = value_of(permuted).shape[-1]
+    shaped = list(value_of(other).shape) == [1] * (value_of(permuted).ndim - 1) + [channels]
+    return vector if shaped and list(value_of(vector).shape) == [channels] else None
 
 
 # Pooling.
@@ -121,7 +121,7 @@ def _pools_without_scatter(graph: Graph) -> None:
 def _window(pool: Node) -> tuple[int, int] | None:
     """The height and width of a pool's windows if they tile the image: side by side, without padding."""
     x, kernel, stride, padding, dilation, ceil = _pool_arguments(pool)
-    value = _value(x)
+    value = value_of(x)
     plain = value.ndim == 4 and value.dtype.is_floating_point and value.is_contiguous(memory_format=torch.channels_last)
     apart = list(stride or kernel) == list(kernel) and set(padding) == {0} and set(dilation) == {1} and not ceil
     return (kernel[0], kernel[1]) if plain and apart and len(kernel) == 2 else None
@@ -142,7 +142,7 @@ def _pooled(graph: Graph, pool: Node, window: tuple[int, int]) -> tuple[Node, No
     call = functools.partial(_call, graph)
     height, width = window
     image = call(aten.permute.default, pool.args[0], [0, 2, 3, 1])
-    n, channels, rows, columns = _value(pool)[0].shape
+    n, channels, rows, columns = value_of(pool)[0].shape
     entries = []
     for number in range(height * width):
         row, column = divmod(number, width)
@@ -165,10 +165,10 @@ def _unpooled(graph: Graph, backward: Node, place: Node, window: tuple[int, int]
     call = functools.partial(_call, graph)
     height, width = window
     gradient, pooled = backward.args[:2]
-    n, channels, rows, columns = _value(gradient).shape
+    n, channels, rows, columns = value_of(gradient).shape
     image = call(aten.permute.default, gradient, [0, 2, 3, 1])
     wide = [n, rows, 1, columns, 1, channels]
-    value, device = _value(gradient), _value(gradient).device
+    value, device = value_of(gradient), value_of(gradient).device
     numbers = call(aten.arange.start_step, 0, height * width, 1, dtype=value.dtype, device=device)
     numbers = call(aten.reshape.default, numbers, [1, 1, height, 1, width, 1])
     here = call(aten.eq.Tensor, call(aten.reshape.default, place, wide), numbers)
@@ -176,7 +176,8 @@ def _unpooled(graph: Graph, backward: Node, place: Node, window: tuple[int, int]
     spread = call(aten.where.self, here, call(aten.reshape.default, image, wide), zero)
     spread = call(aten.reshape.default, spread, [n, rows * height, columns * width, channels])
     rest = [
-        size - covered for size, covered in zip(_value(pooled).shape[2:], (rows * height, columns * width), strict=True)
+        size - covered
+        for size, covered in zip(value_of(pooled).shape[2:], (rows * height, columns * width), strict=True)
     ]
     if any(rest):
         spread = call(aten.constant_pad_nd.default, spread, [0, 0, 0, rest[1], 0, rest[0]], 0.0)
@@ -194,8 +195,3 @@ def _only_user(node: Node | None, target: Any) -> Node | None:
         return None
     (user,) = node.users
     return user if user.target is target else None
-
-
-def _value(node: Any) -> Any:
-    """The fake value of a node: its shape, strides and dtype."""
-    return node.meta["val"]
